@@ -1,0 +1,881 @@
+"""DPPMG: from who liked what to pictures and texts made for one person (SIGIR 2026, arXiv 2604.20434).
+
+    for m in (image, text):                                     # stage 1: what does each user like, per modality?
+        f_m   = features of every item in m                     #   PCA of latents; TF-IDF and SVD of tokens
+        p_m   = propagate(graph, [e_u, W_m f_m])                #   gnn.py: one preference per user and modality
+        k_m   = residual_quantize(encoder(p_m))                 #   vq.py: L discrete preference tokens
+    text  ~ decoder(prompt words, k_text)                       # stage 2: generators.py: GPT
+    image ~ denoiser(prompt words, k_image)                     #   generators.py: latent diffusion
+    repeat:                                                     # reward.py: make the two agree, for this person
+        x, y  = several images and texts for one (user, prompt)
+        R     = lambda_c cos(x, y) + lambda_p (p_image . W f(x) + p_text . W f(y))
+        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m alone
+    a new user's p_m: the history's items, propagated once      # fold_in
+
+This file: the data folder (Dataset), the settings (Config), the method wired together (DPPMG) and
+    python dppmg.py RUN --user U --prompt "fish"
+
+A data set is a folder, checked whole before anything is learnt:
+    interactions.csv   user,item[,timestamp]   ids are any strings; timestamp is any finite number
+    items.csv          item,text[,prompt]      UTF-8; prompt: what the item is about, phrases parted by commas
+    images/ITEM.png    (.jpg .jpeg .webp)      any size and mode
+
+Shapes: U users, I items, R interactions, H picture height = width, D width, F features, B batch, P prompt words,
+M preference tokens, T text length, V vocabulary, G groups, S samples in a group.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import io
+import math
+import os
+import re
+import sys
+import warnings
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from generators import (EOS, PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
+                        sample_latents, sample_text, text_distribution, transition)
+from gnn import GNNConfig, ModalGNN, build_graph
+from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
+                    pair_reward, reinforce_loss)
+from vq import ResidualVQVAE, VQConfig
+
+TRAIN, VALID, TEST = 0, 1, 2
+SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of a picture, in lower or upper case
+MAX_VALUE = 2**20                          # characters in one CSV value; the csv module's own limit is 2^17
+MAX_ID = 250                               # bytes of an id: file systems allow 255 in a name, ".jpeg" takes 5
+MAX_PHRASES = 16                           # prompt phrases kept per item: a generator's condition is short
+MAX_LISTED = 10                            # errors shown per file; the others are counted
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")     # NUL, newlines and their like
+
+
+class DataError(ValueError):
+    """All that is wrong with a data folder in one message, a line each: `file:line: what 'value': cure`."""
+
+
+class _Findings:
+    """What loading found. errors: lists by file; broken: files not read to their end; notices: harmless."""
+
+    def __init__(self):
+        self.errors: dict[str, list[str]] = {}
+        self.broken: set[str] = set()
+        self.notices: list[str] = []
+
+    def error(self, line: str):
+        """Note what is wrong; the line begins with `file:line:`, `file:` or `images/NAME:`."""
+        self.errors.setdefault(re.split("[:/]", line)[0], []).append(line)
+
+    def notice(self, count: int | bool, line: str):
+        """Note what was repaired or ignored, {n} standing for the count, unless that is nothing."""
+        if count:
+            self.notices.append(line.replace("{n}", f"{count:,}"))
+
+    def raise_if_any(self, folder: str | Path):
+        """DataError with the first MAX_LISTED errors of each file."""
+        total = sum(map(len, self.errors.values()))
+        lines = [f"{folder}: {total:,} problem{'s' * (total > 1)} in the data"]
+        for file, errors in self.errors.items():
+            more = len(errors) - MAX_LISTED
+            lines += errors[:MAX_LISTED] + [f"{file}: ... and {more:,} more"] * (more > 0)
+        if total:
+            raise DataError("\n  ".join(lines))
+
+
+def _show(value: object) -> str:
+    """The value as Python writes it, so that control characters are visible, cut to a line's length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-1]} ({len(text) - 2:,} characters)"
+
+
+def _id_problem(value: str, is_file_name: bool = False) -> str | None:
+    """What makes this string unfit as an id, or None."""
+    if not value.strip():
+        return "is empty: give it a name"
+    if CONTROL.search(value):
+        return "holds a control character: remove it"
+    if len(value.encode()) > MAX_ID:
+        return f"is {len(value.encode()):,} bytes long: at most {MAX_ID} fit in a file name"
+    if is_file_name and (value in (".", "..") or "/" in value or "\\" in value):
+        return "is a path, but its picture is images/ITEM.png: rename it, without / and \\, and not . or .."
+    return None
+
+
+def _file_problem(root: Path, path: Path) -> str | None:
+    """What makes this path unfit to be read, or None: the folder may come from anywhere."""
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(root):
+        return "is a symbolic link out of the folder: copy the file here"
+    return None if real.is_file() else "no such file: need interactions.csv, items.csv and images/"
+
+
+# ---- CSV ---------------------------------------------------------------------------------------------------
+
+def _open_text(root: Path, file: str, found: _Findings) -> io.TextIOWrapper:
+    """The file as text, once its bytes are proved to be UTF-8 without NUL; DataError if they are not."""
+    if problem := _file_problem(root, root / file):
+        raise DataError(f"{file}: {problem}")
+    try:
+        data = (root / file).read_bytes()
+        data.decode()
+        bad, what = data.find(b"\0"), "a NUL byte: remove it, or save the file as UTF-8"
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}): check its permissions") from None
+    except UnicodeDecodeError as error:
+        bad = error.start
+        what = f"byte {data[bad:bad + 1]!r} is not UTF-8: save the file as UTF-8"
+    if bad >= 0:
+        line = len(re.findall(rb"\r\n|\r|\n", data[:bad])) + 1
+        raise DataError(f"{file}:{line}: {what}")
+    found.notice(data.startswith(b"\xef\xbb\xbf"), f"{file}: byte order mark ignored")
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
+
+
+def _find_columns(header: list[str], file: str, need: tuple, may: tuple, found: _Findings) -> list[int]:
+    """Position of each column of need + may, len(header) for an optional one that is missing."""
+    names = [name.strip() for name in header]
+    wrong = [name for name in need + may if names.count(name) != 1 and (name in need or name in names)]
+    if wrong:
+        what = f"{' and '.join(wrong)} must be a column once, but the header is {_show(','.join(names))}"
+        raise DataError(f"{file}:1: {what}: begin the file with the line {','.join(need + may)}")
+    found.notice(len(set(names) - set(need + may)), f"{file}: {{n}} extra columns ignored")
+    return [names.index(name) if name in names else len(names) for name in need + may]
+
+
+def _read_rows(root: Path, file: str, need: tuple, may: tuple, found: _Findings) -> Iterator[tuple]:
+    """Yield (line on which a row starts, its values of the columns need + may), None for a missing column.
+
+    Rows that do not fit the header are reported and left out; a file that cannot be read on is reported too.
+    """
+    line, blank, limit = 1, 0, csv.field_size_limit(MAX_VALUE)      # the process's limit: put back below
+    try:
+        reader = csv.reader(_open_text(root, file, found), strict=True)
+        header = next((row for row in reader if row), [])
+        pick, line = itemgetter(*_find_columns(header, file, need, may, found)), reader.line_num + 1
+        for row in reader:
+            if len(row) == len(header):
+                row.append(None)                                    # what a missing column gives
+                yield line, pick(row)
+            elif row:
+                cure = 'write "..." around a value that holds a comma'
+                found.error(f"{file}:{line}: {len(row)} values where the header has {len(header)}: {cure}")
+            blank += not row
+            line = reader.line_num + 1
+        found.notice(blank, f"{file}: {{n}} blank lines skipped")
+    except csv.Error as error:
+        cure = f'close each quote, write "" for one inside, at most {MAX_VALUE:,} characters a value'
+        found.error(f"{file}:{line}: the row that starts here is not valid CSV ({error}): {cure}")
+        found.broken.add(file)
+    except DataError as error:
+        found.error(str(error))
+        found.broken.add(file)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def parse_prompt(prompt: str) -> tuple[str, ...]:
+    """Phrases of a prompt: parted by commas, case folded, spaces evened, each once, in order.
+
+    "Comedy, film  noir,comedy" -> ("comedy", "film noir"); "fish" -> ("fish",); "" -> ().
+    """
+    phrases = (" ".join(phrase.split()) for phrase in prompt.casefold().split(","))
+    return tuple(dict.fromkeys(phrase for phrase in phrases if phrase))
+
+
+def _read_items(root: Path, found: _Findings) -> tuple[dict[str, int], list[str], list[tuple[str, ...]]]:
+    """items.csv as {item id: its line}, texts, prompts."""
+    file, lines, texts, prompts = "items.csv", {}, [], []
+    for line, (item, text, prompt) in _read_rows(root, file, ("item", "text"), ("prompt",), found):
+        if problem := _id_problem(item, is_file_name=True):
+            found.error(f"{file}:{line}: item {_show(item)} {problem}")
+        if not text.strip():
+            found.error(f"{file}:{line}: text {_show(text)} is empty: write one, or drop the item")
+        if item in lines:
+            found.error(f"{file}:{line}: item {_show(item)} is on line {lines[item]} too: keep one of them")
+        else:
+            lines[item] = line
+            texts.append(text)
+            prompts.append(parse_prompt(prompt or ""))
+    if len(lines) < 2 and file not in found.broken:
+        found.error(f"{file}: {len(lines)} items below the header: need at least 2")
+    found.notice(prompts.count(()), f"{file}: {{n}} items without a prompt")
+    n_long = sum(len(phrases) > MAX_PHRASES for phrases in prompts)
+    found.notice(n_long, f"{file}: {{n}} prompts cut to their first {MAX_PHRASES} phrases")
+    return lines, texts, [phrases[:MAX_PHRASES] for phrases in prompts]
+
+
+def _parse_time(value: str) -> float:
+    """The number that a timestamp is, NaN if it is no finite number."""
+    try:
+        time = float(value)
+    except ValueError:
+        return math.nan
+    return time if math.isfinite(time) else math.nan
+
+
+def _first_of_pairs(pair: Tensor, time: Tensor) -> Tensor:
+    """Rows (ascending) of the earliest of each pair's interactions, the first if several are."""
+    order = time.argsort(stable=True)
+    order = order[pair[order].argsort(stable=True)]                 # (R,)  by pair, then time, then row
+    is_first = torch.ones(len(pair), dtype=torch.bool)
+    is_first[1:] = pair[order][1:] != pair[order][:-1]
+    return order[is_first].sort().values
+
+
+def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
+    """interactions.csv as user ids, user (R,), item (R,) int64, time (R,) float64 or None; each pair once."""
+    file, users, index, unknown = "interactions.csv", {}, dict(zip(items, range(len(items)))), set()
+    user, item, time, stamp = array("q"), array("q"), array("d"), None
+    for line, (who, what, stamp) in _read_rows(root, file, ("user", "item"), ("timestamp",), found):
+        if who not in users:
+            users[who] = len(users)
+            if problem := _id_problem(who):
+                found.error(f"{file}:{line}: user {_show(who)} {problem}")
+        seconds = 0.0 if stamp is None else _parse_time(stamp)
+        if seconds != seconds:
+            cure = "write one in every row (seconds, say), or drop the column"
+            found.error(f"{file}:{line}: timestamp {_show(stamp)} is not a finite number: {cure}")
+        if what in index:
+            user.append(users[who]), item.append(index[what]), time.append(seconds)
+        elif what not in unknown and "items.csv" not in found.broken:       # if it is, nearly all are
+            unknown.add(what)
+            found.error(f"{file}:{line}: item {_show(what)} is not in items.csv: add it, or drop the row")
+    user, item, time = (torch.from_numpy(np.array(column)) for column in (user, item, time))
+    keep = _first_of_pairs(user * len(items) + item, time)
+    if len(users) < 2 and file not in found.broken:
+        found.error(f"{file}: {len(users)} users below the header: need at least 2")
+    elif not found.errors and user[keep].bincount().max() < 3:
+        found.error(f"{file}: no user has 3 different items: nothing can be held out to test on")
+    found.notice(len(user) - len(keep), f"{file}: {{n}} repeated interactions merged, the earliest kept")
+    found.notice(stamp is None, f"{file}: no timestamps: split by a seeded shuffle")
+    return list(users), user[keep], item[keep], None if stamp is None else time[keep]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+def _find_images(root: Path, items: dict[str, int], found: _Findings) -> list[Path]:
+    """The picture of each item. No path is made of an id: it is looked up among the names there are."""
+    named: dict[str, list[Path]] = {}
+    try:
+        names = sorted(os.listdir(root / "images"))
+    except OSError as error:
+        found.error(f"images: {error.strerror}: need a folder that holds ITEM.png (.jpg .jpeg .webp)")
+        return []
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if suffix.lower() in SUFFIXES:
+            named.setdefault(stem, []).append(root / "images" / name)
+    pictures = {item: named.pop(item, []) for item in items}
+    for item, paths in pictures.items():
+        if len(paths) != 1 and not _id_problem(item, is_file_name=True):    # a bad id is reported already
+            has = " and ".join(path.name for path in paths) or "no picture"
+            cure = f"need one images/{_show(item + '.png')[1:-1]} (or .jpg .jpeg .webp)"
+            found.error(f"items.csv:{items[item]}: item {_show(item)} has {has}: {cure}")
+    found.notice(sum(map(len, named.values())), "images: {n} pictures of no item ignored")
+    return [paths[0] for paths in pictures.values() if len(paths) == 1]
+
+
+def read_image(path: str | Path, size: int) -> np.ndarray:
+    """A picture as RGB, (3, size, size) uint8.
+
+    The whole picture is resized to the square (LANCZOS): nothing of it is lost except its proportions.
+    Turned as its EXIF says; transparency on white; 16-bit grey scaled to 8; first frame of an animation.
+    Raises what Pillow does: OSError, SyntaxError, ValueError, DecompressionBombError and others.
+    """
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
+        file.draft("RGB", (2 * size, 2 * size))     # a large JPEG is decoded at a fraction of its size
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):                  # 16-bit grey: convert("RGB") would clip it at 255
+        image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1)     # (3, H, H)
+
+
+def _image_or_problem(root: Path, path: Path, size: int) -> np.ndarray | str:
+    """The picture, or what is wrong with it."""
+    try:
+        return _file_problem(root, path) or read_image(path, size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
+    except Image.UnidentifiedImageError:
+        return "not a PNG, JPEG or WebP picture: save it as one"
+    except Exception as error:      # a damaged file makes Pillow's decoders raise nearly anything
+        return f"damaged ({type(error).__name__}: {_show(str(error))}): save it again"
+
+
+def _load_images(root: Path, paths: list[Path], size: int, found: _Findings) -> Tensor:
+    """The pictures, (len(paths), 3, size, size) uint8; the unreadable are reported and stay black."""
+    images = np.zeros((len(paths), 3, size, size), np.uint8)
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")                                     # remarks about odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)      # Pillow raises at twice its limit
+        read = pool.map(lambda path: _image_or_problem(root, path, size), paths)
+        for n, image in enumerate(read):
+            if isinstance(image, str):
+                found.error(f"images/{_show(paths[n].name)[1:-1]}: {image}")
+            else:
+                images[n] = image
+    return torch.from_numpy(images)
+
+
+# ---- the data set ------------------------------------------------------------------------------------------
+
+def split_by_time(user: Tensor, time: Tensor | None, seed: int) -> Tensor:
+    """Train, validation or test part of each interaction: per user 8:1:1 by time, the latest in test.
+
+    Of n interactions, max(1, round(n / 10)) (half rounds up) are test, as many before them validation; n < 3:
+    all are train. Equal times, or all where there are none, are put in order by a shuffle from `seed`.
+    user (R,) int64 >= 0; time (R,) any real dtype, not NaN, or None.
+    Returns (R,) int8 of TRAIN, VALID, TEST.
+    Raises ValueError if user and time differ in shape.
+    """
+    if time is not None and time.shape != user.shape:
+        raise ValueError(f"split_by_time: user is {tuple(user.shape)} but time is {tuple(time.shape)}; "
+                         "need one time per interaction, or None")
+    order = torch.randperm(len(user), generator=torch.Generator().manual_seed(seed))
+    if time is not None:
+        order = order[time[order].argsort(stable=True)]
+    order = order[user[order].argsort(stable=True)]                 # (R,)  by user, then time, then chance
+    count = user.bincount()                                         # (U,)
+    held = torch.where(count < 3, 0, ((count + 5) // 10).clamp(min=1))[user[order]]     # (R,)  size of test
+    age = count.cumsum(0)[user[order]] - torch.arange(len(user))    # (R,)  1 for the user's latest, 2 ...
+    part = torch.empty(len(user), dtype=torch.int8)
+    part[order] = (age <= 2 * held).to(torch.int8) + (age <= held).to(torch.int8)
+    return part
+
+
+@dataclass(eq=False)
+class Dataset:
+    """What users liked, and the text, picture and prompt of each item; made by Dataset.load."""
+    name: str                       # of the folder
+    user_ids: list[str]             # U, in order of appearance in interactions.csv
+    item_ids: list[str]             # I, in the order of items.csv
+    texts: list[str]                # I
+    prompts: list[tuple[str, ...]]  # I, parse_prompt's phrases, at most MAX_PHRASES, possibly none
+    words: list[str]                # sorted vocabulary of the prompts' phrases
+    images: Tensor                  # (I, 3, H, H) uint8 RGB
+    user: Tensor                    # (R,) int64 in [0, U); each (user, item) once, in the file's order
+    item: Tensor                    # (R,) int64 in [0, I)
+    time: Tensor | None             # (R,) float64, the earliest of the pair, in the data's unit
+    part: Tensor                    # (R,) int8, TRAIN, VALID or TEST
+    notices: list[str]              # what was repaired or ignored, a line each
+
+    @cached_property
+    def word_index(self) -> dict[str, int]:
+        """Position of each phrase in `words`."""
+        return {word: n for n, word in enumerate(self.words)}
+
+    def pairs(self, part: int) -> tuple[Tensor, Tensor]:
+        """(user, item) of the interactions in TRAIN, VALID or TEST."""
+        rows = self.part == part
+        return self.user[rows], self.item[rows]
+
+    @classmethod
+    def load(cls, folder: str | Path, image_size: int, seed: int) -> "Dataset":
+        """Read and check a folder in the format above; nothing is written, and nothing outside it is read.
+
+        image_size: H, pixels; seed: of split_by_time.
+        Raises DataError with all that is wrong (file, line, value, cure); ValueError if image_size < 1.
+        """
+        if image_size < 1:
+            raise ValueError(f"Dataset.load: image_size={image_size}: need image_size >= 1")
+        if not os.path.isdir(folder):
+            what = "is not a folder" if os.path.exists(folder) else "does not exist"
+            raise DataError(f"{folder}: {what}: need a folder with interactions.csv, items.csv and images/")
+        root, found = Path(os.path.realpath(folder)), _Findings()
+        items, texts, prompts = _read_items(root, found)
+        images = _load_images(root, _find_images(root, items, found), image_size, found)
+        user_ids, user, item, time = _read_interactions(root, items, found)
+        found.raise_if_any(folder)
+
+        liked, degree = item.bincount(minlength=len(items)), user.bincount()
+        found.notice(int((liked == 0).sum()), "interactions.csv: {n} items liked by nobody are kept")
+        found.notice(int((degree < 3).sum()), "interactions.csv: {n} users of fewer than 3 items only train")
+        found.notice(int((degree == len(items)).sum()), "interactions.csv: {n} users like every item")
+        words = sorted({phrase for phrases in prompts for phrase in phrases})
+        part = split_by_time(user, time, seed)
+        return cls(root.name, user_ids, list(items), texts, prompts, words, images, user, item, time, part,
+                   found.notices)
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    seed: int = 0                 # of all that is drawn at random
+    image_features: int = 64      # F of the image modality: principal components of the latents
+    text_features: int = 64       # F of the text modality: singular directions of the TF-IDF vectors
+
+    def __post_init__(self):
+        for name, low in (("seed", 0), ("image_features", 1), ("text_features", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"MethodConfig.{name}={getattr(self, name)}: need {name} >= {low}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings: one frozen dataclass per module. Flag --gnn-dim is gnn.dim, and so on (train.py)."""
+    method: MethodConfig = MethodConfig()
+    gnn: GNNConfig = GNNConfig()
+    vq: VQConfig = VQConfig()
+    text: TextConfig = TextConfig()
+    image: ImageConfig = ImageConfig()
+    reward: RewardConfig = RewardConfig()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, dict]) -> "Config":
+        """The Config whose asdict() this is. Raises ValueError on an unknown, missing or ill-typed setting."""
+        parts = {}
+        for group in fields(cls):
+            part, given = type(group.default), values.get(group.name)
+            need = {f.name for f in fields(part)}
+            if not isinstance(given, dict) or set(given) != need:
+                raise ValueError(f"settings of {group.name!r} are {_show(given)}; need {', '.join(sorted(need))}")
+            parts[group.name] = part(**given)
+        return cls(**parts)
+
+
+@dataclass(eq=False)
+class Catalogue:
+    """What the model must remember of its data set to be used without it; plain values and tensors."""
+    name: str                   # of the data folder
+    user_ids: list[str]         # U
+    item_ids: list[str]         # I
+    words: list[str]            # prompt phrases; phrase n has id n + 1, 0 is padding
+    max_words: int              # P, phrases in the longest prompt
+    merges: Tensor              # (n, 2) int64, the tokenizer's
+    user: Tensor                # (E,) int64, training interactions
+    item: Tensor                # (E,) int64
+
+    @classmethod
+    def of(cls, data: Dataset, tokenizer: Tokenizer) -> "Catalogue":
+        """The catalogue of a data set and the tokenizer trained on its texts."""
+        user, item = data.pairs(TRAIN)
+        return cls(data.name, data.user_ids, data.item_ids, data.words, max(1, max(map(len, data.prompts))),
+                   tokenizer.state(), user, item)
+
+    def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Phrases -> (B, P) int64, padded with 0. Raises ValueError on an unknown phrase, or too many of them."""
+        index = {word: n + 1 for n, word in enumerate(self.words)}
+        for phrase in (phrase for phrases in prompts for phrase in phrases if phrase not in index):
+            raise ValueError(f"unknown prompt word {_show(phrase)}: {known(phrase, self.words)}")
+        width = max([self.max_words, *map(len, prompts)])
+        return torch.tensor([[index[p] for p in phrases] + [0] * (width - len(phrases)) for phrases in prompts])
+
+
+def known(value: str, names: Sequence[str]) -> str:
+    """What could have been meant: the nearest of the names, and how many there are."""
+    near = difflib.get_close_matches(value, names, n=8, cutoff=0.5) or list(names[:8])
+    return f"known are {', '.join(near)}" + (f" and {len(names) - len(near):,} more" if len(near) < len(names) else "")
+
+
+# ---- features: functions of content, not tables, so that they apply to what is generated too -------------------
+
+class LatentPCA(nn.Module):
+    """f^image: the whitened principal components of an image's latent. latents (B, C, h, h) -> (B, F)."""
+
+    def __init__(self, n_in: int, n_features: int):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(n_in))
+        self.register_buffer("basis", torch.zeros(n_in, n_features))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
+        return (latents.flatten(1) - self.center) @ self.basis
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor):
+        """Set center and basis from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
+        x = latents.flatten(1).double()
+        center = x.mean(0)
+        variance, direction = torch.linalg.eigh((x - center).T @ (x - center) / len(x))         # ascending
+        n = min(self.basis.shape[1], len(variance))
+        top = variance.flip(0)[:n]
+        scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
+        self.center.copy_(center)
+        self.basis.zero_()
+        self.basis[:, :n] = direction.flip(1)[:, :n] * scale
+
+
+class TfidfSVD(nn.Module):
+    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens. tokens (B, T) -> (B, F).
+    DEVIATION 6: the words of TF-IDF are the decoder's own tokens, which for all frequent words are the words: so the
+    feature of a generated text is a tensor function of its tokens, and REINFORCE needs no string on the host."""
+
+    def __init__(self, vocab_size: int, n_features: int):
+        super().__init__()
+        self.register_buffer("idf", torch.zeros(vocab_size))
+        self.register_buffer("basis", torch.zeros(vocab_size, n_features))
+
+    def tfidf(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) int64 -> (B, V): counts (1 + log of them) times idf, as unit vectors; PAD, BOS, EOS count 0."""
+        count = self.idf.new_zeros(len(tokens), len(self.idf))
+        count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
+        return F.normalize(torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * self.idf, dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) int64 -> (B, F)."""
+        return self.tfidf(tokens) @ self.basis
+
+    @torch.no_grad()
+    def fit(self, tokens: Tensor, seed: int):
+        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1."""
+        present = torch.zeros(len(tokens), len(self.idf)).scatter_(1, tokens, 1.0)
+        self.idf.copy_(((1 + len(tokens)) / (1 + present.sum(0))).log() + 1)
+        self.idf[:EOS + 1] = 0
+        x = scipy.sparse.csr_array(self.tfidf(tokens).double().numpy())
+        n = min(self.basis.shape[1], min(x.shape) - 1)
+        _, value, direction = scipy.sparse.linalg.svds(x, k=n, random_state=seed)               # ascending
+        direction = direction[::-1] * np.where(value[::-1, None] > 1e-8, 1, 0)
+        direction = direction * np.sign(direction[np.arange(n), np.abs(direction).argmax(1)])[:, None]   # a fixed sign
+        self.basis.zero_()
+        self.basis[:, :n] = torch.from_numpy(direction.T.copy())
+        self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
+
+
+# ---- the method --------------------------------------------------------------------------------------------
+
+class Generated(NamedTuple):
+    image: Image.Image          # H x H RGB
+    text: str
+
+
+class ReinforceStep(NamedTuple):
+    loss: Tensor                # () surrogate: its gradient is that of -E[R], plus kl_weight KL
+    parts: RewardParts          # what the reward was made of
+    kl_image: Tensor            # () nats per image: drift of the differentiated steps from the starting tokens
+    kl_text: Tensor             # () nats per text: drift of the text policy
+
+
+class DPPMG(nn.Module):
+    """The four parts wired together; train.py trains them stage by stage, generate() and fold_in() use them."""
+
+    def __init__(self, cfg: Config, catalogue: Catalogue):
+        super().__init__()
+        self.cfg, self.catalogue = cfg, catalogue
+        self.tokenizer = Tokenizer.from_state(catalogue.merges)
+        n_users, n_items, n_words = len(catalogue.user_ids), len(catalogue.item_ids), max(1, len(catalogue.words))
+        vocab, side = self.tokenizer.vocab_size, cfg.image.size // 4
+        self.autoencoder = Autoencoder(cfg.image)
+        self.image_features = LatentPCA(cfg.image.latent * side * side, cfg.method.image_features)
+        self.text_features = TfidfSVD(vocab, cfg.method.text_features)
+        features = {"image": torch.zeros(n_items, cfg.method.image_features),
+                    "text": torch.zeros(n_items, cfg.method.text_features)}
+        self.gnn = ModalGNN(n_users, n_items, features, cfg.gnn)
+        self.quantizer = nn.ModuleDict({m: ResidualVQVAE(cfg.gnn.dim, cfg.vq) for m in MODALITIES})
+        text = dataclasses.replace(cfg.text, vocab_size=vocab)
+        self.text = TextDecoder(text, n_words, cfg.vq.levels, cfg.vq.codes)
+        self.image = Denoiser(cfg.image, n_words, cfg.vq.levels, cfg.vq.codes)
+        self.scorer = Scorer(cfg.reward, vocab, n_words)
+        for m in MODALITIES:
+            self.register_buffer(f"preference_{m}", torch.zeros(n_users, cfg.gnn.dim))
+            self.register_buffer(f"tokens_{m}", torch.zeros(n_users, cfg.vq.levels, dtype=torch.int64))
+        self.graph = build_graph(catalogue.user, catalogue.item, n_users, n_items)
+
+    # stage 1
+
+    @torch.no_grad()
+    def update_preferences(self):
+        """Write what the graph network and the quantizer have learnt into preference_m (U, D) and tokens_m (U, L)."""
+        self.quantizer.eval()
+        for m, (user, _) in self.gnn(self.graph).items():
+            getattr(self, f"preference_{m}").copy_(user)
+            getattr(self, f"tokens_{m}").copy_(self.quantizer[m].encode(user))
+
+    def score(self, modality: str, preference: Tensor, content: Tensor) -> Tensor:
+        """s_m = p . W_m f_m(content): preference (B, D); content: latents (B, C, h, h) or tokens (B, T) -> (B,)."""
+        feature = self.image_features(content) if modality == "image" else self.text_features(content)
+        return (preference * self.gnn.embed_content(modality, feature)).sum(1)
+
+    # stage 2
+
+    def sample_chain(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
+                     steps: int | None = None) -> Tensor:
+        """Diffusion chain (S + 1, B, C, h, h) at the configured guidance; prompt (B, P), prefs (B, M), -1 null."""
+        cfg = self.cfg.image
+        return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta)
+
+    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
+        cfg = self.cfg.text
+        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, cfg.top_p).tokens
+
+    @torch.no_grad()
+    def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
+                     batch: int = 256) -> tuple[Tensor, Tensor]:
+        """An image (B, 3, H, H) in [-1, 1] and a text (B, context) of tokens for each prompt (B, P) and prefs[m] (B, M)."""
+        images, texts = [], []
+        for rows in torch.arange(len(prompt), device=prompt.device).split(batch):
+            latents = self.sample_chain(prompt[rows], prefs["image"][rows], generator)[-1]
+            images.append(self.autoencoder.decode(latents).clamp(-1, 1).float())
+            texts.append(self.sample_tokens(prompt[rows], prefs["text"][rows], generator))
+        return torch.cat(images), torch.cat(texts)
+
+    def generate(self, prompt: str, user: str | None = None, history: Sequence[str] | None = None, n: int = 1,
+                 seed: int = 0) -> list[Generated]:
+        """n pairs for the prompt (phrases parted by commas) and a training user's id, or the items in the history of
+        somebody who was not in training, or neither: unpersonalized. Raises ValueError on what is not known."""
+        catalogue, device = self.catalogue, self.preference_image.device
+        if user is not None and history is not None:
+            raise ValueError("give a user or a history, not both")
+        words = catalogue.encode_prompts([parse_prompt(prompt)]).to(device)
+        if user is not None:
+            if user not in catalogue.user_ids:
+                raise ValueError(f"unknown user {_show(user)}: {known(user, catalogue.user_ids)}")
+            prefs = self.user_tokens(torch.tensor([catalogue.user_ids.index(user)], device=device))
+        elif history is not None:
+            prefs = self.fold_in([history])
+        else:
+            prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
+        generator = torch.Generator(device).manual_seed(seed)
+        images, tokens = self.sample_pairs(words.expand(n, -1), {m: k.expand(n, -1) for m, k in prefs.items()}, generator)
+        return [Generated(to_picture(x), y) for x, y in zip(images, self.tokenizer.decode_batch(tokens))]
+
+    def user_tokens(self, user: Tensor) -> dict[str, Tensor]:
+        """Preference tokens {m: (B, M)} of training users (B,) int64."""
+        return {m: getattr(self, f"tokens_{m}")[user] for m in MODALITIES}
+
+    @torch.no_grad()
+    def fold_in(self, histories: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """Preference tokens {m: (B, M)} of people who were not in training, each from the ids of the items they like.
+        The history is propagated once through the graph formula and quantized: nothing is trained.
+        Raises ValueError on an empty history or an unknown item."""
+        index = {item: n for n, item in enumerate(self.catalogue.item_ids)}
+        for item in (item for history in histories for item in history if item not in index):
+            raise ValueError(f"unknown item {_show(item)}: {known(item, self.catalogue.item_ids)}")
+        if not all(histories):
+            raise ValueError("an empty history says nothing: give at least one item")
+        pairs = sorted({(n, index[item]) for n, history in enumerate(histories) for item in history})
+        user, item = torch.tensor(pairs, device=self.preference_image.device).T
+        return {m: self.quantizer[m].encode(p) for m, p in self.fold_in_preferences(user, item, len(histories)).items()}
+
+    @torch.no_grad()
+    def fold_in_preferences(self, user: Tensor, item: Tensor, n_users: int) -> dict[str, Tensor]:
+        """Preferences {m: (n_users, D)} of new users 0..n_users-1 from pairs (user, item) (E,) of their histories."""
+        self.quantizer.eval()
+        return self.gnn.fold_in(self.graph, user, item, n_users)
+
+    # reward
+
+    def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor], with_kl: bool,
+                       generator: torch.Generator | None) -> ReinforceStep:
+        """Sample groups of images and texts, score them, and give the surrogate loss of both token tables.
+        user (G,) int64, prompt (G, P); reference: the tables to measure the KL from. Frozen: all but the tables.
+        An image's log-probability is estimated without bias from grad_steps of its Gaussian steps, drawn at random."""
+        cfg = self.cfg.reward
+        chain, image_args = self._rollout_images(user, prompt, generator)
+        tokens, text_args = self._rollout_texts(user, prompt, generator)
+        n_groups, latents = len(user), chain[-1]
+        with torch.no_grad():
+            pictures = self.autoencoder.decode(latents).clamp(-1, 1)
+            image_emb = self.scorer.encode_image(pictures).unflatten(0, (n_groups, -1))         # (G, S_i, D)
+            text_emb = self.scorer.encode_text(tokens).unflatten(0, (n_groups, -1))             # (G, S_t, D)
+            s_image = self.score("image", self.preference_image[user].repeat_interleave(cfg.images, 0), latents)
+            s_text = self.score("text", self.preference_text[user].repeat_interleave(cfg.texts, 0), tokens)
+            reward_image, reward_text, parts = pair_reward(
+                image_emb, text_emb, s_image.unflatten(0, (n_groups, -1)), s_text.unflatten(0, (n_groups, -1)), cfg)
+        image_loss, kl_image = self._image_surrogate(chain, image_args, leave_one_out(reward_image).flatten(),
+                                                     reference["image"] if with_kl else None, generator)
+        text_loss, kl_text = self._text_surrogate(tokens, text_args, leave_one_out(reward_text).flatten(),
+                                                  reference["text"] if with_kl else None)
+        loss = image_loss + text_loss + cfg.kl_weight * (kl_image + kl_text)
+        return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
+
+    def _rollout_images(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        args = tuple(x.repeat_interleave(self.cfg.reward.images, 0) for x in (prompt, self.tokens_image[user]))
+        return self.sample_chain(*args, generator, self.cfg.reward.diffusion_steps), args
+
+    def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
+        return self.sample_tokens(*args, generator), args
+
+    def _image_surrogate(self, chain, args, advantage, reference, generator) -> tuple[Tensor, Tensor]:
+        """Loss of the images, and the KL of their steps from the reference table (0 where there is none)."""
+        cfg, n_gaussian = self.cfg.reward, len(chain) - 2
+        chosen = np.random.default_rng(0 if generator is None else generator.initial_seed()).permutation(n_gaussian)
+        loss = kl = chain.new_zeros(())
+        for k in sorted(chosen[:cfg.grad_steps].tolist()):
+            step = (chain, k, *args, self.cfg.image.guidance, self.cfg.image.eta)
+            mean, std = transition(self.image, *step)
+            loss = loss + reinforce_loss(gaussian_log_prob(chain[k + 1], mean, std), advantage)
+            if reference is not None:
+                with torch.no_grad(), table_as(self.image, reference):
+                    start = transition(self.image, *step)[0]
+                kl = kl + gaussian_kl(mean, start, std).mean()
+        scale = n_gaussian / min(cfg.grad_steps, n_gaussian)
+        return loss * scale, kl * scale
+
+    def _text_surrogate(self, tokens, args, advantage, reference) -> tuple[Tensor, Tensor]:
+        """Loss of the texts, and the KL of the policy from the reference table (0 where there is none)."""
+        cfg, written = self.cfg.text, tokens != PAD
+        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, cfg.top_p)
+        log_p = text_distribution(*policy)                                                      # (B, T, V)
+        loss, kl = reinforce_loss(chosen_log_prob(log_p, tokens), advantage), log_p.new_zeros(())
+        if reference is not None:
+            with torch.no_grad(), table_as(self.text, reference):
+                start = text_distribution(*policy)
+            kl = categorical_kl(log_p, start, written).mean()
+        return loss, kl
+
+    # files
+
+    def state(self) -> dict:
+        """Tensors and plain values from which from_state() makes this model again."""
+        return {"config": asdict(self.cfg), "catalogue": dict(vars(self.catalogue)), "model": self.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict) -> "DPPMG":
+        """The model whose state() this is. Raises KeyError, ValueError, TypeError or RuntimeError where it is not one."""
+        model = cls(Config.from_dict(state["config"]), Catalogue(**state["catalogue"]))
+        model.load_state_dict(state["model"])
+        return model.eval()
+
+    @classmethod
+    def load(cls, run: str | Path, device: str | torch.device = "cpu") -> "DPPMG":
+        """The model of a run (folder or checkpoint file), to generate with. Raises CheckpointError."""
+        path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+        checkpoint = read_checkpoint(path)
+        if "reward" not in checkpoint["done"]:
+            raise CheckpointError(f"{path}: training stopped after {_show(checkpoint['done'][-1:])}; finish it with "
+                                  "train.py --resume")
+        try:
+            return cls.from_state(checkpoint).to(device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: not a model of this version: {_show(str(error))}") from None
+
+    def to(self, *args, **kwargs) -> "DPPMG":
+        """As nn.Module.to; the graph moves too."""
+        super().to(*args, **kwargs)
+        self.graph = self.graph.to(self.preference_image.device)
+        return self
+
+
+@contextlib.contextmanager
+def table_as(generator: TextDecoder | Denoiser, table: Tensor):
+    """Within the block, the generator's preference-token table holds `table` (the starting tokens, for the KL)."""
+    weight = generator.preference.weight
+    current, weight.data = weight.data, table
+    try:
+        yield
+    finally:
+        weight.data = current
+
+
+def to_picture(x: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> an RGB picture."""
+    return Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+FORMAT = "DPPMG checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """What is wrong with a checkpoint file, and the file's name."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """Yields the name of a temporary file beside `path`, which then takes its place at once: a reader sees the old file
+    or the new one, never half of it; after an error the old one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The checkpoint's values; data only, no code is run. Raises CheckpointError on anything but a whole checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; need a run of train.py") from None
+    except Exception as error:      # a damaged zip or pickle makes torch.load raise nearly anything
+        raise CheckpointError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}): need {FORMAT!r}, as "
+                              "train.py writes it") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format is {_show(found)}, need {FORMAT!r}: made by another version or program")
+    return checkpoint
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line and name what could have been meant; exit status 2."""
+
+    def error(self, message: str):
+        """Print the message as one line and exit with status 2."""
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if match := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            message = f"unknown flag {match[1]}: {known(match[1], flags)} (--help lists them)"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None: cuda, then mps, then cpu. Raises ValueError where it is not to be had."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: print the texts and write the images that a trained model makes. Returns the exit status."""
+    parser = OneLineParser(prog="dppmg.py", description="Make pictures and texts for one person with a trained model.")
+    parser.add_argument("run", help="folder that train.py wrote")
+    parser.add_argument("--user", help="id of a user in training")
+    parser.add_argument("--history", nargs="+", metavar="ITEM", help="ids of items that somebody likes who was not")
+    parser.add_argument("--prompt", required=True, help="what it shall be about: words of the catalogue, comma-separated")
+    parser.add_argument("--out", default="dppmg.png", help="file for the picture (several: FILE-2.png ...) (%(default)s)")
+    parser.add_argument("--n", type=int, default=1, help="how many pairs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    args = parser.parse_args(argv)
+    try:
+        if args.n < 1:
+            raise ValueError(f"--n {args.n}: need n >= 1")
+        model = DPPMG.load(args.run, pick_device(args.device))
+        for k, (image, text) in enumerate(model.generate(args.prompt, args.user, args.history, args.n, args.seed), 1):
+            path = Path(args.out) if k == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}-{k}")
+            with replacing(path) as temporary:
+                image.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+            print(f"{path}: {text}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,442 @@
+"""Text generator: byte-level BPE and a GPT-style decoder of text, given prompt words and preference tokens.
+    p(y | c, k) = prod_t p(y_t | y_<t, c, k),  c prompt words, k preference tokens       TextDecoder
+    y_t ~ softmax((l(null) + w (l(k) - l(null))) / temperature) within a nucleus         sampling_logits
+Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length, V vocabulary, D width."""
+
+import heapq
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD, BOS, EOS = 0, 1, 2     # special tokens: no text encodes to them
+FIRST_MERGE = 3 + 256       # ids: 3 specials, 256 bytes, then one id per merge
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    layers: int = 4               # transformer blocks
+    width: int = 128              # D, width of the residual stream
+    heads: int = 4                # attention heads; must divide width
+    context: int = 48             # longest text, tokens with the end token; longer texts are cut
+    vocab_size: int = 512         # V: 3 special tokens + 256 bytes + merges
+    null_rate: float = 0.15       # share of texts trained with null preferences, for guidance (2207.12598)
+    guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    temperature: float = 1.0      # of sampling; 0 is greedy
+    top_p: float = 0.95           # probability mass of the nucleus sampled from; 1 is all (1904.09751)
+    learning_rate: float = 2e-3   # AdamW's peak, after the warm-up
+    weight_decay: float = 0.1     # AdamW, on matrices only
+    batch: int = 64               # texts a step
+    steps: int = 800              # optimizer steps
+    warmup: int = 50              # steps of linear warm-up; then cosine decay to a tenth
+
+    def __post_init__(self):
+        for field in fields(self):
+            if not math.isfinite(getattr(self, field.name)):
+                raise ValueError(f"TextConfig.{field.name}={getattr(self, field.name)}: need a finite number")
+        for name in ("layers", "width", "heads", "context", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 1")
+        for name in ("guidance", "temperature", "learning_rate", "weight_decay", "steps", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 0")
+        if self.width % self.heads:
+            raise ValueError(f"TextConfig.heads={self.heads}: need a divisor of width={self.width}")
+        if self.vocab_size <= EOS + 1:
+            raise ValueError(f"TextConfig.vocab_size={self.vocab_size}: need vocab_size > {EOS + 1}")
+        if not 0 <= self.null_rate < 1:
+            raise ValueError(f"TextConfig.null_rate={self.null_rate}: need 0 <= null_rate < 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"TextConfig.top_p={self.top_p}: need 0 < top_p <= 1")
+
+
+# Tokenizer --------------------------------------------------------------------------------------------------
+
+# Runs of letters, digits or other signs, each with the one space before it, as GPT-2's; every character is in
+# exactly one run. A run ends after 32 characters: one endless "word" takes linear and not quadratic time.
+PRETOKEN = re.compile(r" ?[^\W\d_]{1,32}| ?\d{1,32}| ?(?:[^\w\s]|_){1,32}|\s{1,32}(?!\S)|\s")
+
+
+def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """ids with each occurrence of the pair, from the left, replaced by new."""
+    merged, i = [], 0
+    while i < len(ids):
+        hit = i + 1 < len(ids) and ids[i] == pair[0] and ids[i + 1] == pair[1]
+        merged.append(new if hit else ids[i])
+        i += 2 if hit else 1
+    return merged
+
+
+def _learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+    """The n_merges most frequent pairs, greedily; ties go to the smaller ids: the order of texts is moot."""
+    ids = [[3 + byte for byte in word.encode()] for word in words]
+    freq = list(words.values())
+    count, where = Counter(), defaultdict(set)      # of each pair: occurrences; the words that may hold it
+    for w, word in enumerate(ids):
+        for pair in pairwise(word):
+            count[pair] += freq[w]
+            where[pair].add(w)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < n_merges:
+        n, pair = heapq.heappop(heap)
+        if -n != count[pair] or n > -2:             # outdated, or a pair seen only once: nothing to gain
+            continue
+        merges.append(pair)
+        changed = set()
+        for w in where.pop(pair):
+            old, ids[w] = ids[w], _merge(ids[w], pair, FIRST_MERGE + len(merges) - 1)
+            for sign, word in ((-1, old), (1, ids[w])):
+                for neighbour in pairwise(word):
+                    count[neighbour] += sign * freq[w]
+                    where[neighbour].add(w)
+                    changed.add(neighbour)
+        for neighbour in changed:
+            heapq.heappush(heap, (-count[neighbour], neighbour))
+    return merges
+
+
+class Tokenizer:
+    """Byte-level BPE (Sennrich et al. 1508.07909v5, Sec. 3.2; on UTF-8 bytes as GPT-2): any text round-trips.
+
+    merges: pairs of ids in the order learnt; the r-th makes id FIRST_MERGE + r. See `train`, `from_state`.
+    Raises ValueError if a merge refers to an id that does not exist before it."""
+
+    def __init__(self, merges: Sequence[tuple[int, int]]):
+        self.merges = {pair: FIRST_MERGE + rank for rank, pair in enumerate(merges)}
+        self.pieces = [b""] * 3 + [bytes([byte]) for byte in range(256)]        # id -> bytes
+        for rank, (left, right) in enumerate(merges):
+            if not (3 <= min(left, right) and max(left, right) < FIRST_MERGE + rank):
+                raise ValueError(f"Tokenizer: merge {rank} joins ids {left} and {right}: need 3 <= id < "
+                                 f"{FIRST_MERGE + rank}; pass what Tokenizer.state() returned")
+            self.pieces.append(self.pieces[left] + self.pieces[right])
+        self._memo: dict[str, list[int]] = {}       # pretoken -> ids
+
+    @property
+    def vocab_size(self) -> int:
+        """V: 3 specials, 256 bytes, merges; less than `train` was asked for if the texts ran out of pairs."""
+        return len(self.pieces)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn vocab_size - 259 merges at most from the texts; the same merges for any order of the texts.
+
+        Raises ValueError if vocab_size leaves no room for the 3 special tokens and 256 bytes."""
+        if vocab_size < FIRST_MERGE:
+            raise ValueError(f"Tokenizer.train: vocab_size={vocab_size}: need vocab_size >= {FIRST_MERGE}, "
+                             "3 specials and 256 bytes")
+        words = Counter(word for text in texts for word in PRETOKEN.findall(text))
+        return cls(_learn_merges(words, vocab_size - FIRST_MERGE))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids in [3, V) of the text, without specials: in each pretoken the earliest learnt merge first."""
+        return [token for word in PRETOKEN.findall(text) for token in self._encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        if word not in self._memo:
+            ids = [3 + byte for byte in word.encode()]
+            while len(ids) > 1:
+                pair = min(pairwise(ids), key=lambda pair: self.merges.get(pair, math.inf))
+                if pair not in self.merges:
+                    break
+                ids = _merge(ids, pair, self.merges[pair])
+            self._memo[word] = ids
+        return self._memo[word]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first EOS; bytes that are not UTF-8, which sampling may produce, become U+FFFD.
+
+        Raises ValueError on an id outside the vocabulary."""
+        pieces = []
+        for token in ids:
+            if token == EOS:
+                break
+            if not 0 <= token < len(self.pieces):
+                raise ValueError(f"Tokenizer.decode: token {token}: need 0 <= token < {len(self.pieces)}; "
+                                 "the decoder's vocab_size must be the tokenizer's")
+            pieces.append(self.pieces[token])
+        return b"".join(pieces).decode(errors="replace")
+
+    def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tensor, int]:
+        """(tokens (B, T) int64: text, EOS, PAD ..; number of texts cut), T the longest row, at most `length`.
+
+        A text that is cut has no EOS: the decoder must not learn to stop in the middle of it."""
+        rows = [self.encode(text) + [EOS] for text in texts]
+        n_cut = sum(len(row) > length for row in rows)
+        width = min(length, max(map(len, rows), default=0))
+        padded = [row[:width] + [PAD] * (width - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), width), n_cut
+
+    def decode_batch(self, tokens: Tensor) -> list[str]:
+        """Texts of tokens (B, T), each up to its EOS."""
+        return [self.decode(row) for row in tokens.tolist()]
+
+    def state(self) -> Tensor:
+        """(n, 2) int64: the merges in order, for the checkpoint."""
+        return torch.tensor(list(self.merges), dtype=torch.int64).reshape(-1, 2)
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> "Tokenizer":
+        """The tokenizer whose `state` this is. Raises ValueError on anything else."""
+        if state.ndim != 2 or state.shape[1] != 2 or state.is_floating_point():
+            raise ValueError(f"Tokenizer.from_state: {state.dtype} {tuple(state.shape)}: need int64 (n, 2)")
+        return cls([(left, right) for left, right in state.tolist()])
+
+
+# Decoder ----------------------------------------------------------------------------------------------------
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, D) @ weight (N, D)^T -> (B, T, N).
+
+    On the CPU in fp32 a large product goes as a 1x1 convolution of a channels-last picture: torch leaves that
+    to oneDNN, on AMD processors 2.3 times as fast as MKL's matrix product, forward and backward."""
+    batch, length, width = x.shape
+    if x.device.type != "cpu" or x.dtype != torch.float32 or batch * length < 1024:
+        return F.linear(x, weight)
+    picture = x.reshape(batch, 1, length, width).permute(0, 3, 1, 2)        # (B, D, 1, T)
+    return F.conv2d(picture, weight[:, :, None, None]).permute(0, 2, 3, 1)[:, 0]
+
+
+def _check_ids(name: str, ids: Tensor, low: int, high: int, bound: str) -> None:
+    """ValueError unless low <= ids < high. CPU only: elsewhere it is a host sync, and kernels assert it."""
+    if ids.device.type == "cpu" and ids.numel():
+        least, most = torch.aminmax(ids)
+        if least < low or most >= high:
+            raise ValueError(f"TextDecoder: {name} holds ids in [{int(least)}, {int(most)}]: need "
+                             f"{low} <= id < {high} = {bound}")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x); GPT-2's without biases and
+    with SiLU, which costs the CPU half of GELU's time."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.contract = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, visible: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x (B, T, D) -> (B, T, D). visible (B, 1, T or 1, keys) bool: which keys each position sees. With a
+        cache (B, 2, heads, length, D / heads): x is positions start.., the keys are all up to x's last."""
+        batch, length, width = x.shape
+        qkv = linear(self.attention_norm(x), self.qkv.weight)               # (B, T, 3 D)
+        qkv = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(0, 2, 3, 1, 4)
+        query, memory = qkv[:, 0], qkv[:, 1:]                   # (B, heads, T, D / heads), (B, 2, heads, ..)
+        if cache is not None:
+            cache[:, :, :, start:start + length] = memory
+            memory = cache[:, :, :, :start + length]
+        mixed = F.scaled_dot_product_attention(query, memory[:, 0], memory[:, 1], attn_mask=visible)
+        x = x + linear(mixed.transpose(1, 2).reshape(batch, length, width), self.project.weight)
+        return x + linear(F.silu(linear(self.mlp_norm(x), self.expand.weight)), self.contract.weight)
+
+
+class Cache(NamedTuple):
+    memory: Tensor      # (layers, B, 2, heads, P + M + T, D / heads) keys and values, filled as we go
+    present: Tensor     # (B, P + M + T) bool: all but the prompt's padding
+    n_prefix: int       # P + M
+
+
+class TextDecoder(nn.Module):
+    """GPT-style decoder p(y | prompt words, preference tokens); the condition is a prefix of the sequence:
+
+        [c_1 .. c_P ; k_1 .. k_M ; BOS y_1 .. y_T-1]  ->  logits of y_1 .. y_T
+
+    The prefix sees all of itself (a prefix language model, 1910.10683v4 Sec. 3.2.1), text sees the prefix and
+    the text before it. A prompt is a set: words carry no position; order and padding (0) move no logit.
+    `preference`, row level * K + code, is the table of preference tokens, all that REINFORCE changes; `null`
+    (M, D) stands in for -1: unpersonalized. Input and output embedding are one matrix (1608.05859v3).
+
+    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one is < 1."""
+
+    def __init__(self, cfg: TextConfig, n_words: int, levels: int, codes: int):
+        super().__init__()
+        if min(n_words, levels, codes) < 1:
+            raise ValueError(f"TextDecoder: n_words={n_words}, levels={levels}, codes={codes}: need all >= 1")
+        self.cfg, self.levels, self.codes = cfg, levels, codes
+        self.words = nn.Embedding(n_words + 1, cfg.width)
+        self.preference = nn.Embedding(levels * codes, cfg.width)
+        self.null = nn.Parameter(torch.empty(levels, cfg.width))
+        self.tokens = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.position = nn.Parameter(torch.empty(cfg.context, cfg.width))
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        self.norm = nn.LayerNorm(cfg.width, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:     # GPT-2's: 0.02 and, into the residual stream, 0.02 / sqrt(2 layers)
+                residual = name.endswith(("project.weight", "contract.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.layers) if residual else 0.02)
+
+    def prefix(self, prompt: Tensor, prefs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x (B, P + M, D), present (B, P + M) bool: all but padding) of prompt (B, P), prefs (B, M) or None.
+
+        Raises ValueError on a wrong shape or, on the CPU, an id out of range."""
+        _check_ids("prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
+        tastes = self.null.expand(len(prompt), -1, -1)                      # (B, M, D)
+        if prefs is not None:
+            if prefs.shape != tastes.shape[:2]:
+                raise ValueError(f"TextDecoder: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: "
+                                 f"need (B, M) = {tuple(tastes.shape[:2])}")
+            _check_ids("prefs", prefs, -1, self.codes, "codes")
+            row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
+            tastes = torch.where(prefs[..., None] < 0, tastes, self.preference(row))
+        present = F.pad(prompt != 0, (0, self.levels), value=True)          # (B, P + M)
+        return torch.cat([self.words(prompt), tastes], dim=1), present
+
+    def forward(self, tokens: Tensor, prompt: Tensor, prefs: Tensor | None) -> Tensor:
+        """Logits (B, T, V) of y_1..y_T for tokens (B, T) = y_1..y_T, prompt (B, P), prefs (B, M), all int64.
+
+        prefs -1, or None for all, is null. Raises ValueError if T > context, on a wrong shape or, on the CPU,
+        an id out of range."""
+        length, context = tokens.shape[1], self.cfg.context
+        if length > context:
+            raise ValueError(f"TextDecoder: text of {length} tokens but TextConfig.context={context}; cut it "
+                             "with Tokenizer.encode_batch(texts, context)")
+        _check_ids("tokens", tokens, 0, self.cfg.vocab_size, "TextConfig.vocab_size")
+        x, present = self.prefix(prompt, prefs)
+        n_prefix = x.shape[1]
+        before = F.pad(tokens, (1, 0), value=BOS)[:, :length]               # (B, T)  BOS y_1 .. y_T-1
+        x = torch.cat([x, self.tokens(before) + self.position[:length]], dim=1)         # (B, P + M + T, D)
+        visible = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        visible[:, :n_prefix] = True                                        # (queries, keys)
+        visible = visible & F.pad(present, (0, length), value=True)[:, None, None]  # (B, 1, queries, keys)
+        for block in self.blocks:
+            x = block(x, visible)
+        return linear(self.norm(x[:, n_prefix:]), self.tokens.weight)
+
+    def loss(self, tokens: Tensor, prompt: Tensor, prefs: Tensor | None) -> Tensor:
+        """() mean nats per token of tokens (B, T): EOS counts, PAD does not; 0 if there is none."""
+        logits = self(tokens, prompt, prefs).flatten(0, 1)                  # (B T, V)
+        total = F.cross_entropy(logits, tokens.flatten(), ignore_index=PAD, reduction="sum")
+        return total / (tokens != PAD).sum().clamp(min=1)
+
+    def start(self, prompt: Tensor, prefs: Tensor, length: int) -> Cache:
+        """A cache for texts of `length` tokens at most, holding the prefix: prompt (B, P), prefs (B, M)."""
+        x, present = self.prefix(prompt, prefs)
+        batch, n_prefix, width = x.shape
+        heads = self.cfg.heads
+        memory = x.new_empty(len(self.blocks), batch, 2, heads, n_prefix + length, width // heads)
+        for block, layer in zip(self.blocks, memory):
+            x = block(x, present[:, None, None], layer)
+        return Cache(memory, F.pad(present, (0, length), value=True), n_prefix)
+
+    def step(self, token: Tensor, t: int, cache: Cache) -> Tensor:
+        """Logits (B, V) of y_t+1 given token (B,) = y_t, BOS for t = 0, which the cache then remembers."""
+        x = (self.tokens(token) + self.position[t])[:, None]                # (B, 1, D)
+        at = cache.n_prefix + t
+        for block, layer in zip(self.blocks, cache.memory):
+            x = block(x, cache.present[:, None, None, :at + 1], layer, at)
+        return linear(self.norm(x), self.tokens.weight)[:, 0]
+
+
+def drop_preferences(prefs: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """prefs (B, M) with all tokens of a row null (-1) at probability `rate`, so that one decoder learns both
+    branches of guidance (Ho & Salimans 2207.12598v1, Algorithm 1)."""
+    drop = torch.rand(len(prefs), 1, generator=generator, device=prefs.device) < rate
+    return prefs.masked_fill(drop, -1)
+
+
+# Sampling ---------------------------------------------------------------------------------------------------
+
+class Sampled(NamedTuple):
+    tokens: Tensor      # (B, T) int64: text, EOS, PAD ...
+    log_prob: Tensor    # (B,)   nats, summed over the sampled tokens, EOS included
+
+
+def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """(..., V) bool: all but the likeliest tokens that together reach top_p; equals are in or out together."""
+    p = scores.detach().softmax(-1)
+    ranked = p.sort(-1, descending=True).values
+    inside = ranked.cumsum(-1) - ranked < top_p                             # those before do not reach top_p
+    return p < ranked.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+
+
+def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, temperature: float = 1.0,
+                    top_p: float = 1.0, keep: Tensor | None = None) -> Tensor:
+    """Log-probabilities (..., V) that tokens are drawn from: log softmax((null + w (cond - null)) / temperature)
+    within the nucleus top_p (Holtzman et al. 1904.09751v2, Sec. 3.1), where w > 1 with w = 1's nucleus.
+
+    cond, null (..., V) logits, null None: w = 1. Temperature 0: all on the likeliest token. PAD and BOS have
+    probability 0. To the gradient the nucleus is a constant; keep (...) int64: tokens known to be in it, lest
+    rounding put one out. At least fp32. Raises ValueError on temperature < 0 or top_p outside (0, 1]."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"sampling_logits: temperature={temperature}, top_p={top_p}: need temperature >= 0 "
+                         "and 0 < top_p <= 1")
+    null = cond if null is None else null
+    cond, null = (x[..., EOS:].to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, null))
+    scores = torch.lerp(null, cond, guidance)
+    if top_p < 1:
+        # Beyond w = 1 guidance multiplies tokens that neither branch believes in, on the noise in their logits:
+        # such a token can end up likely, and in scores' own nucleus.
+        outside = _outside_nucleus(torch.lerp(null, cond, min(guidance, 1.0)) / (temperature or 1.0), top_p)
+        if keep is not None:
+            outside = outside.scatter(-1, (keep - EOS).clamp(min=0)[..., None], False)
+        scores = scores.masked_fill(outside, -torch.inf)
+    if temperature == 0:
+        likeliest = scores.argmax(-1, keepdim=True)
+        log_p = torch.full_like(scores, -torch.inf).scatter(-1, likeliest, 0.0)
+    else:
+        log_p = (scores / temperature).log_softmax(-1)
+    return F.pad(log_p, (EOS, 0), value=-torch.inf)
+
+
+@torch.no_grad()
+def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
+                guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
+                max_len: int | None = None) -> Sampled:
+    """A text for each row of prompt (B, P) and prefs (B, M), int64, -1 null: Sampled, tokens (B, T).
+
+    T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
+    generator lives on prompt's device and advances by the same amount whatever is sampled. Raises ValueError
+    if max_len is outside [1, context], and as sampling_logits and TextDecoder.prefix do."""
+    batch, context = len(prompt), decoder.cfg.context
+    max_len = context if max_len is None else max_len
+    if not 1 <= max_len <= context:
+        raise ValueError(f"sample_text: max_len={max_len}: need 1 <= max_len <= TextConfig.context={context}")
+    uniform = torch.rand(max_len, batch, 1, generator=generator, device=prompt.device)
+    guided = guidance != 1
+    if guided:
+        prompt, prefs = torch.cat([prompt, prompt]), torch.cat([prefs, torch.full_like(prefs, -1)])
+    cache = decoder.start(prompt, prefs, max_len)
+    tokens = prompt.new_full((batch, max_len), PAD)
+    token, done = prompt.new_full((batch,), BOS), prompt.new_zeros(batch, dtype=torch.bool)
+    log_prob = 0.0
+    for t in range(max_len):
+        logits = decoder.step(token.repeat(2) if guided else token, t, cache)           # (B or 2 B, V)
+        null = logits[batch:] if guided else None
+        log_p = sampling_logits(logits[:batch], null, guidance, temperature, top_p)     # (B, V)
+        cdf = log_p.exp().cumsum(-1)
+        token = (cdf <= uniform[t] * cdf[:, -1:]).sum(-1)       # inverse CDF: 10 times multinomial's speed
+        log_prob = log_prob + log_p.gather(-1, token[:, None])[:, 0].masked_fill(done, 0.0)
+        token = token.masked_fill(done, PAD)
+        tokens[:, t] = token
+        done = done | (token == EOS)
+        if done.device.type == "cpu" and done.all():            # elsewhere this is a host sync
+            break
+    return Sampled(tokens, log_prob)
+
+
+def text_log_prob(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor, guidance: float = 1.0,
+                  temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`.
+
+    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the nucleus
+    counts as if inside. The null branch never reads `preference`: with all else frozen it has no graph. Raises
+    ValueError on temperature <= 0, and as TextDecoder.forward does."""
+    if temperature <= 0:
+        raise ValueError(f"text_log_prob: temperature={temperature}: need temperature > 0 for a gradient")
+    cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
+    null = None if guidance == 1 else decoder(tokens, prompt, None)
+    log_p = sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)
+    return log_p.gather(-1, tokens[..., None])[..., 0].masked_fill(tokens == PAD, 0.0).sum(-1)
