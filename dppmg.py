@@ -620,10 +620,11 @@ class DPPMG(nn.Module):
         cfg = self.cfg.image
         return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta)
 
-    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
+                      top_p: float | None = None) -> Tensor:
         """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
         cfg = self.cfg.text
-        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, cfg.top_p).tokens
+        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p or cfg.top_p).tokens
 
     @torch.no_grad()
     def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
@@ -712,7 +713,7 @@ class DPPMG(nn.Module):
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self.sample_tokens(*args, generator), args
+        return self.sample_tokens(*args, generator, top_p=1.0), args     # a nucleus would make the KL infinite
 
     def _image_surrogate(self, chain, args, advantage, reference, generator) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their steps from the reference table (0 where there is none)."""
@@ -733,7 +734,7 @@ class DPPMG(nn.Module):
     def _text_surrogate(self, tokens, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the texts, and the KL of the policy from the reference table (0 where there is none)."""
         cfg, written = self.cfg.text, tokens != PAD
-        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, cfg.top_p)
+        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, 1.0)
         log_p = text_distribution(*policy)                                                      # (B, T, V)
         loss, kl = reinforce_loss(chosen_log_prob(log_p, tokens), advantage), log_p.new_zeros(())
         if reference is not None:

@@ -114,7 +114,7 @@ class Scorer(nn.Module):
 
     The cosine of two embeddings tells how well they go together (at InfoNCE's optimum it is temperature times
     the pointwise mutual information, up to a constant).  The same class with other items and another seed is
-    the judge.  vocab_size counts every token id, PAD = 0 included; the prompt words are 1..n_words, 0 is padding.
+    the judge.  vocab_size counts every token id, PAD = 0 included; prompt words are 1..n_words, 0 is padding.
     No embedding depends on the rest of the batch (GroupNorm) or on train/eval mode.  Run it outside autocast:
     it is small, and logits near 1 / temperature = 100 want fp32."""
 
@@ -283,7 +283,7 @@ class RowAdam(torch.optim.Optimizer):
     """Adam on the rows of embedding tables; a row with zero gradient stays as it is, to the bit.
 
     Each row is its own Adam (arXiv 1412.6980v9 Alg. 1): its moments and step count advance only when it is
-    used.  AdamW would shrink every row by its weight decay, and plain Adam goes on moving a row by the momentum
+    used.  AdamW would shrink every row by its weight decay, and Adam goes on moving a row by the momentum
     of rounds long past: with a few users in a round, both change tokens that the round said nothing about.
     Tables are (R, D), R rows.  All state is tensors, so state_dict resumes at the bit."""
 
@@ -326,7 +326,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Squared Frechet distance of the Gaussians fitted to two sets of features; 0 for equal sets.
         d^2 = |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
     Source: Heusel et al. 2017, arXiv 1706.08500v6 Eq. 6.  With C = R^T R from a QR of the centred features,
-    the root's trace is the sum of the singular values of R_a R_b^T (a root would lose half the digits near 0).
+    the root's trace is the sum of the singular values of R_a R_b^T (a root loses half the digits near 0).
     features_a (N, D), features_b (M, D), float64 inside; biased upwards for few rows: compare equal sizes.
     Raises on fewer than 2 rows and on unequal width."""
     if features_a.shape[1] != features_b.shape[1] or min(len(features_a), len(features_b)) < 2:
@@ -352,7 +352,7 @@ def swap_share(own_score: Tensor, other_score: Tensor) -> Tensor:
 
 def _rank_share(query: Tensor, candidates: Tensor, own: Tensor, tie: float = 1e-6) -> Tensor:
     """Share of the other candidates that a query is less close to than to its own one; ties count half.
-    query (B, D), candidates (C, D) unit vectors, own (B,) int64 -> (B,) in [0, 1].  Chunks of 2^22 cosines."""
+    query (B, D), candidates (C, D) unit vectors, own (B,) int64 -> (B,) in [0, 1].  By 2^22 cosines."""
     C, share = len(candidates), []
     chunk = max(1, 2 ** 22 // C)
     for q, o in zip(query.split(chunk), own.split(chunk)):
@@ -364,8 +364,8 @@ def _rank_share(query: Tensor, candidates: Tensor, own: Tensor, tie: float = 1e-
 
 def judge_consistency(image_emb: Tensor, text_emb: Tensor) -> Tensor:
     """Does an image go with its own text rather than with the other pairs' texts?
-    The share of the others that it is less close to: an AUC, 1/2 by chance, 1 at best.  Cosines within 1e-6 are
-    ties (another pair may have the same text) and count half.
+    The share of the others that it is less close to: an AUC, 1/2 by chance, 1 at best.  Cosines within 1e-6
+    are ties (another pair may have the same text) and count half.
     image_emb, text_emb (B, D) unit vectors of the same B >= 2 pairs -> (B,) in [0, 1]."""
     _same_shape("judge_consistency", image_emb, text_emb, "give the image and the text of the same pairs")
     if len(image_emb) < 2:
@@ -397,9 +397,9 @@ def interval(values: Tensor, cluster: Tensor | None = None, level: float = 0.95)
     """Mean of values with its confidence interval, when the values of one cluster (user) are not independent.
         Var(mean) = C/(C-1) sum_c [ sum_{i in c} (v_i - mean) ]^2 / n^2,    Student's t with C - 1 degrees
     Cluster-robust (Liang and Zeger 1986): right for any dependence inside a cluster and for clusters of
-    unequal size, without a bootstrap's seed; about 20 clusters are enough.  Default: every value its own cluster.
+    unequal size, without a bootstrap's seed; about 20 clusters are enough.  Default: each value its own.
     values (n,) finite, cluster (n,) integers.  Returns {"mean", "low", "high"}; low and high are nan for a
-    single cluster, whose spread nobody can know.  Not clipped to [0, 1].  Raises on no values, or non-finite."""
+    single cluster, whose spread nobody can know.  Not clipped to [0, 1].  Raises on no or non-finite values."""
     values = torch.as_tensor(values).detach().double().cpu()
     if values.dim() != 1 or len(values) == 0 or not values.isfinite().all():
         raise ValueError(f"interval: values of shape {tuple(values.shape)}, {(~values.isfinite()).sum()} of "

@@ -446,6 +446,8 @@ def fit_features(run: Run) -> str:
     model, latents = run.model, item_latents(run)
     model.image_features.fit(latents[run.seen])
     model.text_features.fit(run.tokens[run.seen], run.cfg.method.seed)
+    model.gnn.set_features("image", model.image_features(latents))
+    model.gnn.set_features("text", model.text_features(run.tokens))
     return f"{run.cfg.method.image_features} image and {run.cfg.method.text_features} text features"
 
 

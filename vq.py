@@ -240,7 +240,7 @@ class ResidualVQVAE(nn.Module):
         z_e = self.encoder(unit)                                                    # (B, D)
         quantized = self.quantize(z_e)
         if self.training:
-            self.update_codebooks(z_e.detach(), quantized.codes, generator)
+            self.update_codebooks(z_e, quantized.codes, generator)
         reconstruction = self.decoder(quantized.z_q)                                # (B, width)
         reconstruction_loss = mean_square(unit - reconstruction)
         loss = reconstruction_loss + self.config.beta * quantized.commit

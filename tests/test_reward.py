@@ -14,7 +14,6 @@ from torch.autograd import gradcheck
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
 
-import reward as module
 from reward import (RewardConfig, RowAdam, Scorer, categorical_kl, consistency, disjoint_halves,
                     frechet_distance, gaussian_kl, gaussian_log_prob, info_nce, interval, judge_consistency,
                     judge_prompt, leave_one_out, normalize_group, pair_reward, reinforce_loss, same_rows,
@@ -165,8 +164,7 @@ def test_loss_at_the_start_is_about_chance():
 
 
 def planted(B, seed):
-    """Pictures of one of 6 colours under noise; the colour's token among filler; the prompt says dark or
-    bright."""
+    """Noisy pictures of one of 6 colours, the colour's token among filler, a prompt for each half of them."""
     g = rng(seed)
     colour = torch.randint(6, (B,), generator=g)
     rgb = torch.tensor([[1., 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
@@ -625,4 +623,4 @@ def test_config_needs_some_reward_and_allows_either_alone():
     image, text, s = unit(1, 3, 4), unit(1, 3, 4, seed=1), normal(1, 3)
     only_c = pair_reward(image, text, s, s, RewardConfig(lambda_p=0.0))
     assert_close(only_c[0], normalize_group(consistency(image, text)[0]))
-    assert RewardConfig(lambda_c=0.0).lambda_p == 1.0 and module.__doc__
+    assert RewardConfig(lambda_c=0.0).lambda_p == 1.0
