@@ -303,6 +303,9 @@ class TextDecoder(nn.Module):
         if length > context:
             raise ValueError(f"TextDecoder: text of {length} tokens but TextConfig.context={context}; cut it "
                              "with Tokenizer.encode_batch(texts, context)")
+        if len(tokens) != len(prompt):
+            raise ValueError(f"TextDecoder: tokens {tuple(tokens.shape)}, prompt {tuple(prompt.shape)}: need "
+                             "one prompt a text")
         _check_ids("tokens", tokens, 0, self.cfg.vocab_size, "TextConfig.vocab_size")
         x, present = self.prefix(prompt, prefs)
         n_prefix = x.shape[1]
@@ -355,7 +358,7 @@ class Sampled(NamedTuple):
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """(..., V) bool: all but the likeliest tokens that together reach top_p; equals are in or out together."""
+    """(..., V) bool: all but the likeliest tokens that together reach top_p; ties are in or out together."""
     p = scores.detach().softmax(-1)
     ranked = p.sort(-1, descending=True).values
     inside = ranked.cumsum(-1) - ranked < top_p                             # those before do not reach top_p
@@ -364,8 +367,8 @@ def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, temperature: float = 1.0,
                     top_p: float = 1.0, keep: Tensor | None = None) -> Tensor:
-    """Log-probabilities (..., V) that tokens are drawn from: log softmax((null + w (cond - null)) / temperature)
-    within the nucleus top_p (Holtzman et al. 1904.09751v2, Sec. 3.1), where w > 1 with w = 1's nucleus.
+    """Log-probabilities (..., V) tokens are drawn from: log softmax((null + w (cond - null)) / temperature)
+    within the nucleus top_p (Holtzman et al. 1904.09751v2, Sec. 3.1); for w > 1 that of w = 1.
 
     cond, null (..., V) logits, null None: w = 1. Temperature 0: all on the likeliest token. PAD and BOS have
     probability 0. To the gradient the nucleus is a constant; keep (...) int64: tokens known to be in it, lest
@@ -377,8 +380,8 @@ def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, te
     cond, null = (x[..., EOS:].to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, null))
     scores = torch.lerp(null, cond, guidance)
     if top_p < 1:
-        # Beyond w = 1 guidance multiplies tokens that neither branch believes in, on the noise in their logits:
-        # such a token can end up likely, and in scores' own nucleus.
+        # Beyond w = 1 guidance amplifies the noise in the logits of tokens that neither branch believes in:
+        # one of them can end up likely, and so in the nucleus of `scores`.
         outside = _outside_nucleus(torch.lerp(null, cond, min(guidance, 1.0)) / (temperature or 1.0), top_p)
         if keep is not None:
             outside = outside.scatter(-1, (keep - EOS).clamp(min=0)[..., None], False)
@@ -427,16 +430,28 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     return Sampled(tokens, log_prob)
 
 
-def text_log_prob(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor, guidance: float = 1.0,
-                  temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`.
+def text_distribution(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor,
+                      guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Log-probabilities (B, T, V), differentiable, that sample_text at these settings draws `tokens` from.
 
-    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the nucleus
-    counts as if inside. The null branch never reads `preference`: with all else frozen it has no graph. Raises
-    ValueError on temperature <= 0, and as TextDecoder.forward does."""
+    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the
+    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph.
+    Raises ValueError on temperature <= 0, and as TextDecoder.forward does."""
     if temperature <= 0:
-        raise ValueError(f"text_log_prob: temperature={temperature}: need temperature > 0 for a gradient")
+        raise ValueError(f"text_distribution: temperature={temperature}: need temperature > 0 for a gradient")
     cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
     null = None if guidance == 1 else decoder(tokens, prompt, None)
-    log_p = sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)
+    return sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)
+
+
+def chosen_log_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """(B,) nats: log-probability of tokens (B, T) under log_p (B, T, V): their sum without PAD."""
     return log_p.gather(-1, tokens[..., None])[..., 0].masked_fill(tokens == PAD, 0.0).sum(-1)
+
+
+def text_log_prob(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor, guidance: float = 1.0,
+                  temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`;
+    arguments and errors as of text_distribution."""
+    log_p = text_distribution(decoder, tokens, prompt, prefs, guidance, temperature, top_p)
+    return chosen_log_prob(log_p, tokens)

@@ -766,6 +766,140 @@ def evaluate(run: Run) -> str:
     return f"{name} {table['before_reward'][name]['mean']:.3f} before, {table['after_reward'][name]['mean']:.3f} after"
 
 
+# ---- report: one file with all that a person wants to look at ------------------------------------------------
+
+STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .6em;text-align:left;vertical-align:top}
+thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}small{color:#666}
+img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}
+figure{display:inline-block;width:10.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
+svg{margin:.3em}.grid td{padding:2px}.grid th{font-weight:normal;padding:2px 6px}section{border-top:1px solid #ddd;margin-top:1em}"""
+COLOURS_OF_CURVES = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777")
+
+
+def picture(x: Tensor, text: str = "", note: str = "") -> str:
+    """<figure> of (3, H, W) in [-1, 1] with escaped words below."""
+    data = io.BytesIO()
+    to_picture(x).save(data, "PNG")
+    image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    caption = f"<figcaption>{html.escape(text)}{f'<br><small>{html.escape(note)}</small>' if note else ''}</figcaption>"
+    return f"<figure>{image}{caption}</figure>" if text or note else image
+
+
+def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
+    """Inline SVG of several curves over steps, with their range and last values."""
+    points = [p for line in series.values() for p in line if math.isfinite(p[1])]
+    if len(points) < 2:
+        return ""
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+    place = [(lambda p: (34 + 250 * (p[0] - x0) / ((x1 - x0) or 1), 120 - 100 * (p[1] - y0) / ((y1 - y0) or 1)))]
+    lines = ""
+    for n, (name, line) in enumerate(series.items()):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place[0], line))
+        colour = COLOURS_OF_CURVES[n % len(COLOURS_OF_CURVES)]
+        label = f"{name} {line[-1][1]:.3g}" if line else name
+        lines += (f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                  f'<text x="292" y="{26 + 15 * n}" fill="{colour}">{html.escape(label)}</text>')
+    return (f'<svg width="470" height="140" font-size="11"><text x="34" y="12" font-weight="bold">{html.escape(title)}</text>'
+            f'<path d="M34 20V120H284" stroke="#999" fill="none"/><text x="2" y="24">{y1:.3g}</text>'
+            f'<text x="2" y="120">{y0:.3g}</text><text x="34" y="134">{x0:g}</text><text x="262" y="134">{x1:g}</text>{lines}</svg>')
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence], kind: str = "") -> str:
+    """<table>; numbers to the right, strings that begin with "<" taken as HTML, all others escaped."""
+    def cell(v):
+        if isinstance(v, float):
+            return f'<td class="n">{v:.3f}</td>'
+        return f"<td>{v}</td>" if str(v).startswith("<") else f"<td>{html.escape(str(v))}</td>"
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
+    names = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    return f'<table class="{kind}"><thead><tr>{names}</tr></thead>{body}</table>'
+
+
+def report_numbers(run: Run) -> str:
+    """The tables of metrics.json."""
+    variants, m = run.metrics["generation"], run.metrics
+    rows = [[name, *(f"{v[name]['mean']:.3f}  [{v[name]['low']:.3f}, {v[name]['high']:.3f}]" for v in variants.values())]
+            for name in variants["real"]]
+    books = [[f"{k}, level {n + 1}", h["usage"][n], h["perplexity"][n], h["explained"], h["collision_rate"]]
+             for k, h in m["codebook"].items() for n in range(len(h["usage"]))]
+    times = [[stage, wall, cpu] for stage, (wall, cpu) in run.seconds.items()]
+    return ("<h2>What was measured</h2><p>On the test part; 95 % intervals in brackets.</p>"
+            + table(["", *variants], rows) + table(["stage 1, test part", ""], list(m["stage1"].items()))
+            + table(["codebook", "usage", "perplexity", "explained", "collisions"], books)
+            + table(["stage", "seconds", "CPU seconds"], times))
+
+
+def report_curves(run: Run) -> str:
+    """Losses of the stages, and reward and measures over the rounds."""
+    lines: dict[tuple[str, str], list] = {}
+    for stage, step, name, value in run.log:
+        lines.setdefault((stage, name), []).append((step, value))
+    losses = "".join(curves(stage, {n: v for (s, n), v in lines.items() if s == stage and n.startswith("loss")})
+                     for stage in STAGES if stage != "reward")
+    reward = {n: v for (s, n), v in lines.items() if s == "reward"}
+    names = [["consistency", "valid_judge_consistency", "valid_consistency"], ["s_image", "s_text"], ["kl_image", "kl_text"],
+             [f"valid_{k}" for k in ("utility_image", "utility_text", "prompt_image", "prompt_text")],
+             [f"valid_judge_{k}" for k in ("swap_image", "swap_text", "prompt_image", "prompt_text")]]
+    over = "".join(curves("over the rounds of the reward", {n: reward[n] for n in group if n in reward}) for group in names)
+    return f"<h2>Reward</h2>{over}<h2>Losses</h2>{losses}"
+
+
+def shown_prompts(run: Run, n: int) -> list[int]:
+    """Items that stand for the n commonest prompts."""
+    _, group = torch.unique(run.prompt, dim=0, return_inverse=True)
+    common = group.bincount().argsort(descending=True, stable=True)[:n]
+    return [int((group == g).nonzero()[0]) for g in common]
+
+
+def report_grid(run: Run, users: Tensor) -> str:
+    """8 users x 8 prompts: the taste down... a row is a user, a column a prompt."""
+    items = torch.tensor(shown_prompts(run, 8), device=run.device)
+    pairs = Pairs(users.repeat_interleave(len(items)), items.repeat(len(users)), users.repeat_interleave(len(items)))
+    own, _ = make(run, "after_reward", pairs, run.generator("grid"))
+    texts = run.model.tokenizer.decode_batch(own.tokens)
+    cells = [f'<td title="{html.escape(text)}">{picture(x)}</td>' for x, text in zip(own.images, texts)]
+    rows = "".join(f"<tr><th>{html.escape(run.data.user_ids[u])}</th>{''.join(cells[k * len(items):(k + 1) * len(items)])}</tr>"
+                   for k, u in enumerate(users.tolist()))
+    head = "".join(f"<th>{html.escape(', '.join(run.data.prompts[i])[:14])}</th>" for i in items.tolist())
+    return ("<h2>One row a user, one column a prompt</h2><p>After the reward; the text is shown under the pointer.</p>"
+            f'<table class="grid"><tr><th></th>{head}</tr>{rows}</table>')
+
+
+def report_user(run: Run, user: int) -> str:
+    """History, tokens, and what was generated before and after the reward, with the reward's parts."""
+    model, data = run.model, run.data
+    items = run.liked[1][run.liked[0] == user][:8].tolist()
+    history = "".join(picture(to_float(data.images[i]), data.texts[i]) for i in items)
+    tokens = "; ".join(f"{m} {' '.join(map(str, getattr(model, f'tokens_{m}')[user].tolist()))}" for m in MODALITIES)
+    prompts = torch.tensor(shown_prompts(run, 3), device=run.device)
+    who, made = torch.full_like(prompts, user), {}
+    for variant in ("before_reward", "after_reward"):
+        own, _ = make(run, variant, Pairs(who, prompts, who), run.generator(f"report {user}"))
+        with torch.no_grad():
+            cos = (model.scorer.encode_image(own.images) * model.scorer.encode_text(own.tokens)).sum(1)
+            likes = [model.score("image", model.preference_image[who], model.autoencoder.encode(own.images)),
+                     model.score("text", model.preference_text[who], own.tokens)]
+        notes = [f"cos {c:.2f}, s image {a:.2f}, s text {b:.2f}" for c, a, b in zip(cos, *likes)]
+        made[variant] = "".join(map(picture, own.images, model.tokenizer.decode_batch(own.tokens), notes))
+    return (f"<section><h3>User {html.escape(data.user_ids[user])}</h3><p>Preference tokens: {tokens}</p><p>Likes:</p>{history}"
+            f"<p>Before the reward:</p>{made['before_reward']}<p>After:</p>{made['after_reward']}</section>")
+
+
+def write_report(run: Run):
+    """report.html: self-contained; every word from the data is escaped."""
+    candidates = run.data.pairs(TEST)[0].unique()
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(run.cfg.method.seed))
+    users = candidates[order[:12]].to(run.device)
+    body = (f"<h1>DPPMG on {html.escape(run.data.name)}</h1><p>seed {run.cfg.method.seed}, {run.device}, "
+            f"{len(run.data.user_ids):,} users, {len(run.data.item_ids):,} items</p>" + report_grid(run, users[:8])
+            + report_numbers(run) + report_curves(run) + "<h2>A dozen users</h2>"
+            + "".join(report_user(run, u) for u in users.tolist()))
+    with replacing(run.out / "report.html") as path:
+        path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>DPPMG on {html.escape(run.data.name)}</title>"
+                        f"<style>{STYLE}</style><body>{body}</body></html>", encoding="utf-8")
+
+
 # ---- command line ------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Callable[[Run], str]] = {
@@ -918,6 +1052,8 @@ def train_all(run: Run):
             run.done.append(stage)
         say(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
         run.save()
+    with run.timed("report"):
+        write_report(run)
     write_metrics(run)
     say(f"{'total':12} {sum(wall for wall, _ in run.seconds.values()):7.1f} s   {run.out}/report.html")
 
