@@ -30,6 +30,8 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import hashlib
+import inspect
 import io
 import math
 import os
@@ -392,6 +394,13 @@ class Dataset:
         rows = self.part == part
         return self.user[rows], self.item[rows]
 
+    def fingerprint(self) -> str:
+        """Digest of all that training reads."""
+        digest = hashlib.sha256(repr((self.user_ids, self.item_ids, self.texts, self.prompts)).encode())
+        for x in (self.user, self.item, self.part, self.images):
+            digest.update(x.numpy())
+        return digest.hexdigest()
+
     @classmethod
     def load(cls, folder: str | Path, image_size: int, seed: int) -> "Dataset":
         """Read and check a folder in the format above; nothing is written, and nothing outside it is read.
@@ -458,6 +467,20 @@ class Config:
                 raise ValueError(f"settings of {group.name!r} are {_show(given)}; need {', '.join(sorted(need))}")
             parts[group.name] = part(**given)
         return cls(**parts)
+
+
+def settings(parts: dict[str, type]) -> list[tuple[str, str, dataclasses.Field, str]]:
+    """(group, name, field, help) of every setting of the dataclasses; the help is the comment behind it in the source."""
+    found = []
+    for group, part in parts.items():
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.MULTILINE))
+        found += [(group, field.name, field, comments.get(field.name, "")) for field in fields(part)]
+    return found
+
+
+def flag_of(group: str, name: str) -> str:
+    """--gnn-dim for gnn.dim; the settings of the method and of training have no prefix."""
+    return "--" + "-".join([*([] if group in ("method", "train") else [group]), name]).replace("_", "-")
 
 
 @dataclass(eq=False)
@@ -606,6 +629,33 @@ class DPPMG(nn.Module):
         for m, (user, _) in self.gnn(self.graph).items():
             getattr(self, f"preference_{m}").copy_(user)
             getattr(self, f"tokens_{m}").copy_(self.quantizer[m].encode(user))
+
+    def decode_tokens(self, modality: str) -> Tensor:
+        """What each user's tokens stand for: (U, D), about unit length."""
+        return self.quantizer[modality].eval().decode(getattr(self, f"tokens_{modality}"))
+
+    @torch.no_grad()
+    def seed_tables(self):
+        """Start both generators' preference-token embeddings as what the codebooks say: a code's vector, turned into the
+        generator's width by a random orthonormal map, so that the sum over the levels is the quantized preference.
+        DEVIATION 7: with random rows the generators must learn 4 x 32 meanings that the codebook already knows."""
+        for m in MODALITIES:
+            books = torch.stack([book.codebook for book in self.quantizer[m].codebooks])        # (L, K, D)
+            self._set_table(m, books.flatten(0, 1) / books[0].square().sum(1).mean().sqrt().clamp(min=1e-8))
+
+    def _set_table(self, modality: str, vectors: Tensor):
+        """Table rows = vectors (R, D), the first of about unit length, turned; on the scale that the table has now."""
+        weight = getattr(self, modality).preference.weight                                      # (R, width)
+        turn = torch.empty(weight.shape[1], vectors.shape[1], device=weight.device)
+        weight.copy_(vectors @ nn.init.orthogonal_(turn).T * weight.square().mean().sqrt() * weight.shape[1] ** 0.5)
+
+    @torch.no_grad()
+    def use_raw_preferences(self):
+        """Instead of codes: each user is one token of their own, whose embedding starts as their unquantized preference."""
+        for m in MODALITIES:
+            preference = getattr(self, f"preference_{m}").copy_(self.gnn(self.graph)[m][0])
+            getattr(self, f"tokens_{m}").copy_(torch.arange(len(preference), device=preference.device)[:, None])
+            self._set_table(m, F.normalize(preference, dim=1))
 
     def score(self, modality: str, preference: Tensor, content: Tensor) -> Tensor:
         """s_m = p . W_m f_m(content): preference (B, D); content: latents (B, C, h, h) or tokens (B, T) -> (B,)."""

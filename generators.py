@@ -462,17 +462,17 @@ class ImageConfig:
     ae_width: int = 64            # channels of the autoencoder at H/4; a multiple of 16
     ae_steps: int = 900           # optimizer steps of the autoencoder
     ae_lr: float = 3e-3           # peak learning rate of the autoencoder (AdamW), falling to 0
-    kl: float = 1e-4              # weight of the latent's KL from N(0, 1), per number (2112.10752v2, Sec. 3.1)
+    kl: float = 1e-4              # weight of the latent's KL from N(0, 1), per number (2112.10752v2)
     width: int = 96               # D/2, channels of the denoiser at H/4, twice that at H/8; a multiple of 8
     layers: int = 1               # residual blocks at H/4, each way; one more at H/8
     heads: int = 4                # attention heads; must divide 2 width
-    null_rate: float = 0.15       # share of pictures trained with null preference tokens, for guidance (2207.12598)
+    null_rate: float = 0.15       # share of pictures trained with null preferences, for guidance (2207.12598)
     guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     sampling_steps: int = 8       # S, DDIM steps
-    eta: float = 1.0              # DDIM noise: 0 deterministic, 1 ancestral, so that steps are Gaussian (2010.02502)
+    eta: float = 1.0              # DDIM noise: 0 none, 1 ancestral: steps are Gaussian (2010.02502)
     lr: float = 2e-3              # peak learning rate of the denoiser (AdamW), falling to 0 from half-way on
     weight_decay: float = 0.01    # AdamW, of autoencoder and denoiser
-    ema: float = 0.998            # decay per step of the running mean of the denoiser's weights: the one that samples
+    ema: float = 0.998            # decay per step of the mean of the denoiser's weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
     steps: int = 1500             # optimizer steps of the denoiser
 
@@ -486,22 +486,30 @@ class ImageConfig:
                 raise ValueError(f"ImageConfig.{name}={getattr(self, name)}: need a multiple of {unit}")
         if 2 * self.width % self.heads:
             raise ValueError(f"ImageConfig.heads={self.heads}: need a divisor of 2 width = {2 * self.width}")
-        for name, most in (("null_rate", 1), ("ema", 1), ("eta", 1)):
-            if getattr(self, name) > most or (name == "null_rate" and self.null_rate == 1):
-                raise ValueError(f"ImageConfig.{name}={getattr(self, name)}: need 0 <= {name} <= {most}"
-                                 + " and null_rate < 1" * (name == "null_rate"))
+        for name in ("null_rate", "ema"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"ImageConfig.{name}={getattr(self, name)}: need 0 <= {name} < 1")
+        if self.eta > 1:
+            raise ValueError(f"ImageConfig.eta={self.eta}: need 0 <= eta <= 1")
+
+
+def _zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weight and bias 0: what it adds to starts unchanged."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(FiLM(norm(conv(silu(norm x)))))), (B, C, h, w); FiLM: h (1 + a) + b, (a, b) linear in the condition
-    (B, cond) (1709.07871). The last convolution starts at 0, so that the block starts as the identity."""
+    """x + conv(silu(FiLM(norm(conv(silu(norm x)))))), (B, C, h, w); FiLM: h (1 + a) + b, (a, b) linear in the
+    condition (B, cond) (1709.07871). The last convolution starts at 0: the block starts as the identity."""
 
     def __init__(self, width: int, cond: int = 0):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = _zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.film = nn.Linear(cond, 2 * width) if cond else None
-        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), cond (B, cond) -> (B, C, h, w)."""
@@ -514,8 +522,8 @@ class ResidualBlock(nn.Module):
 
 class Autoencoder(nn.Module):
     """Pictures (B, 3, H, H) in [-1, 1] <-> latents (B, C, H/4, H/4): strided convolutions in, PixelShuffle
-    (1609.05158) out. Trained as a VAE with a small KL; afterwards the latent is its mean, scaled per channel to mean 0
-    and variance 1 over the catalogue by the buffers mean and std (`standardize`), as the denoiser wants it."""
+    (1609.05158) out. Trained as a VAE with a small KL; afterwards the latent is its mean, scaled per channel
+    to mean 0, std 1 over the catalogue by the buffers mean and std (`standardize`): the denoiser's unit."""
 
     def __init__(self, cfg: ImageConfig):
         super().__init__()
@@ -523,29 +531,40 @@ class Autoencoder(nn.Module):
         self.size = cfg.size
         self.encoder = nn.Sequential(
             nn.Conv2d(3, w // 2, 4, 2, 1), nn.SiLU(), nn.Conv2d(w // 2, w, 4, 2, 1), ResidualBlock(w),
-            nn.GroupNorm(8, w), nn.SiLU(), nn.Conv2d(w, 2 * c, 3, padding=1))               # (B, 2 C, H/4, H/4)
+            nn.GroupNorm(8, w), nn.SiLU(), nn.Conv2d(w, 2 * c, 3, padding=1))           # (B, 2 C, H/4, H/4)
         self.decoder = nn.Sequential(
             nn.Conv2d(c, w, 3, padding=1), ResidualBlock(w), ResidualBlock(w), nn.GroupNorm(8, w), nn.SiLU(),
-            nn.Conv2d(w, 2 * w, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),               # (B, w/2, H/2, H/2)
-            nn.Conv2d(w // 2, 12, 3, padding=1), nn.PixelShuffle(2))                        # (B, 3, H, H)
+            nn.Conv2d(w, 2 * w, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),           # (B, w/2, H/2, H/2)
+            nn.Conv2d(w // 2, 12, 3, padding=1), nn.PixelShuffle(2))                    # (B, 3, H, H)
         self.register_buffer("mean", torch.zeros(1, c, 1, 1))
         self.register_buffer("std", torch.ones(1, c, 1, 1))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, H) in [-1, 1] -> standardized latents (B, C, H/4, H/4). Raises ValueError on another size."""
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (B, C, H/4, H/4) of q(z | x) = N, before standardization, for pictures
+        (B, 3, H, H) in [-1, 1]. Raises ValueError on another size."""
         if x.shape[1:] != (3, self.size, self.size):
-            raise ValueError(f"Autoencoder.encode: pictures are {tuple(x.shape)}; need (B, 3, {self.size}, {self.size}): "
-                             "resize them, or set ImageConfig.size")
-        return (self.encoder(x).chunk(2, dim=1)[0] - self.mean) / self.std
+            raise ValueError(f"Autoencoder: pictures {tuple(x.shape)}: need (B, 3, H, H) with "
+                             f"H = ImageConfig.size = {self.size}; resize them or set ImageConfig.size")
+        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        return mean, log_var.clamp(-12, 4)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, H) in [-1, 1] -> standardized latents (B, C, H/4, H/4), the posterior's mean."""
+        return (self.posterior(x)[0] - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        """Standardized latents (B, C, H/4, H/4) -> pictures (B, 3, H, H), about in [-1, 1]; not clipped."""
+        """Standardized latents (B, C, H/4, H/4) -> pictures (B, 3, H, H), about in [-1, 1]; not clipped.
+        Raises ValueError on another shape."""
+        shape = (self.mean.shape[1], self.size // 4, self.size // 4)
+        if z.shape[1:] != shape:
+            raise ValueError(f"Autoencoder: latents {tuple(z.shape)}: need (B, C, H/4, H/4) with {shape} "
+                             "after B, as encode gives and ImageConfig sets them")
         return self.decoder(z * self.std + self.mean)
 
     def loss(self, x: Tensor, kl: float, generator: torch.Generator | None = None) -> Tensor:
-        """() mean |x - y| + mean (x - y)^2 + kl mean KL[q(z|x) || N(0, 1)], z sampled (1312.6114). x (B, 3, H, H)."""
-        mean, log_var = self.encoder(x).chunk(2, dim=1)
-        log_var = log_var.clamp(-12, 4)
+        """() mean |x - y| + mean (x - y)^2 + kl mean KL[q(z | x) || N(0, 1)], y decoded from one z ~ q(z | x)
+        (1312.6114v11, Eq. 10). x (B, 3, H, H). Raises ValueError on another size."""
+        mean, log_var = self.posterior(x)
         noise = torch.randn(mean.shape, generator=generator, device=x.device, dtype=x.dtype)
         error = self.decoder(mean + (log_var / 2).exp() * noise) - x
         divergence = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
@@ -553,7 +572,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def standardize(self, z: Tensor):
-        """Set mean and std so that latents like z (I, C, h, h), which encode gave before this call, get mean 0, std 1."""
+        """Set mean and std so that pictures whose latents were z (I, C, h, h), by encode before this call, get
+        mean 0, std 1 per channel by encode after it; what decode makes of them stays the same."""
         mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
         self.mean.add_(mean * self.std)
         self.std.mul_(std)
@@ -562,39 +582,48 @@ class Autoencoder(nn.Module):
 # Images: denoiser -------------------------------------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """x + attention from each place of x (B, C, h, w) to the condition tokens (B, N, D)."""
+    """x + attention from each place of x (B, C, h, w) to N condition tokens (1706.03762v7, Sec. 3.2); the
+    last convolution starts at 0: the block starts as the identity."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(8, width)
-        self.query, self.out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.query, self.out = nn.Conv2d(width, width, 1), _zeroed(nn.Conv2d(width, width, 1))
         self.key_value = nn.Linear(width, 2 * width)
-        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
         """x (B, C, h, w), tokens (B, N, C), present (B, N) bool -> (B, C, h, w)."""
-        batch, width, h, w = x.shape
-        query = self.query(self.norm(x)).view(batch, self.heads, width // self.heads, h * w).transpose(2, 3)
-        key, value = self.key_value(tokens).view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=present[:, None, None])
+        query = self.query(self.norm(x)).unflatten(1, (self.heads, -1)).flatten(3)  # (B, heads, C/heads, hw)
+        memory = self.key_value(tokens).unflatten(2, (2, self.heads, -1))           # (B, N, 2, heads, ..)
+        key, value = memory.permute(2, 0, 3, 1, 4)                                  # (B, heads, N, C/heads)
+        visible = present[:, None, None]                                            # (B, 1, 1, N)
+        mixed = F.scaled_dot_product_attention(query.transpose(2, 3), key, value, attn_mask=visible)
         return x + self.out(mixed.transpose(2, 3).reshape(x.shape))
 
 
+def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
+    """z_t = alpha z_0 + sigma eps at time t in [0, 1]: (cos, sin)(pi t / 2), so alpha^2 + sigma^2 = 1
+    (variance preserving, cosine schedule: 2102.09672v1, Eq. 17 with s = 0). alpha_bar of DDPM is alpha^2."""
+    angle = t * (math.pi / 2)
+    return angle.cos(), angle.sin()
+
+
 def time_features(t: Tensor, width: int) -> Tensor:
-    """t (B,) in [0, 1] -> (B, width): sines and cosines at frequencies from 1 to 1,000 (1706.03762v7, Sec. 3.5)."""
+    """t (B,) in [0, 1] -> (B, width): sines and cosines at frequencies 1..1,000 (1706.03762v7, Sec. 3.5)."""
     frequency = torch.exp(torch.linspace(0, math.log(1000), width // 2, device=t.device, dtype=t.dtype))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Denoiser(nn.Module):
-    """Conditional U-Net v(z_t, t, prompt words, preference tokens) on latents: two resolutions, the condition twice:
-    pooled with the time by FiLM everywhere, and token by token by cross-attention at the lower one.
+    """Conditional U-Net v(z_t, t, prompt words, preference tokens) on latents: two resolutions; the condition
+    enters twice: pooled, with the time, by FiLM everywhere, and token by token by attention at the lower one.
 
-    `preference`, row level * K + code, is the table of preference tokens, the only tensor that REINFORCE changes;
-    `null` (M, D) stands in for -1: unpersonalized. A prompt is a set of words, 0 its padding, as in TextDecoder.
-    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one of them is < 1."""
+    `preference`, row level * K + code, is the table of preference tokens, all that REINFORCE changes; `null`
+    (M, D) stands in for -1: unpersonalized. A prompt is a set of words, 0 its padding, as in TextDecoder.
+
+    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one is < 1."""
 
     def __init__(self, cfg: ImageConfig, n_words: int, levels: int, codes: int):
         super().__init__()
@@ -615,42 +644,49 @@ class Denoiser(nn.Module):
         self.grow = nn.Sequential(nn.Conv2d(d, 4 * w, 1), nn.PixelShuffle(2))
         self.merge = nn.Conv2d(2 * w, w, 1)
         self.up = nn.ModuleList(ResidualBlock(w, d) for _ in range(cfg.layers))
-        self.out = nn.Sequential(nn.GroupNorm(8, w), nn.SiLU(), nn.Conv2d(w, cfg.latent, 3, padding=1))
-        nn.init.zeros_(self.out[-1].weight)     # v starts at 0, loss at 1
+        last = _zeroed(nn.Conv2d(w, cfg.latent, 3, padding=1))      # v starts at 0, loss at 1
+        self.out = nn.Sequential(nn.GroupNorm(8, w), nn.SiLU(), last)
 
     def condition(self, prompt: Tensor, prefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Condition tokens (B, P + M, D), which of them are present (B, P + M) bool, and them pooled (B, D).
         prompt (B, P), prefs (B, M) int64. Raises ValueError on a wrong shape."""
         if prefs.shape != (len(prompt), self.levels):
-            raise ValueError(f"Denoiser: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: need (B, M) = "
-                             f"{(len(prompt), self.levels)}")
-        row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)      # (B, M)
-        tastes = torch.where(prefs[..., None] < 0, self.null, self.preference(row))                 # (B, M, D)
-        written = prompt != 0                                                                       # (B, P)
-        words = self.words(prompt) * written[..., None]
-        topic = words.sum(1) / written.sum(1, keepdim=True).clamp(min=1)                            # (B, D)
+            raise ValueError(f"Denoiser: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: need "
+                             f"(B, M) = {(len(prompt), self.levels)}")
+        row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
+        tastes = torch.where(prefs[..., None] < 0, self.null, self.preference(row))     # (B, M, D)
+        written = prompt != 0                                                           # (B, P)
+        words = self.words(prompt) * written[..., None]                                 # (B, P, D)
+        topic = words.sum(1) / written.sum(1, keepdim=True).clamp(min=1)                # (B, D)
         pooled = self.pool(torch.cat([topic, tastes.flatten(1)], dim=1))
         present = F.pad(written, (0, self.levels), value=True)
         return torch.cat([words, tastes], dim=1), present, pooled
 
     def forward(self, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor) -> Tensor:
-        """v (B, C, h, h) for z (B, C, h, h) at times t (B,) in [0, 1]; prompt (B, P), prefs (B, M) int64, -1 null."""
+        """v (B, C, h, h) for z (B, C, h, h) at times t (B,) in [0, 1]; prompt (B, P), prefs (B, M) int64, -1
+        null. Raises ValueError on a wrong shape."""
+        need = (len(prompt), self.cfg.latent, self.cfg.size // 4, self.cfg.size // 4)
+        if z.shape != need:
+            raise ValueError(f"Denoiser: latents {tuple(z.shape)} for prompt {tuple(prompt.shape)}: need "
+                             f"(B, C, H/4, H/4) = {need}, as ImageConfig sets them")
         tokens, present, pooled = self.condition(prompt, prefs)
-        cond = F.silu(self.time(time_features(t, 64).to(z.dtype)) + pooled)                         # (B, D)
-        h = self.conv_in(z)                                                                         # (B, w, h, h)
+        cond = F.silu(self.time(time_features(t, 64).to(z.dtype)) + pooled)             # (B, D)
+        h = self.conv_in(z)                                                             # (B, w, h, h)
         for block in self.down:
             h = block(h, cond)
-        skip, h = h, self.shrink(h)                                                                 # (B, D, h/2, h/2)
+        skip, h = h, self.shrink(h)                                                     # (B, D, h/2, h/2)
         for block, attend in zip(self.middle, self.attend):
             h = attend(block(h, cond), tokens, present)
-        h = self.merge(torch.cat([skip, self.grow(h)], dim=1))                                      # (B, w, h, h)
+        h = self.merge(torch.cat([skip, self.grow(h)], dim=1))                          # (B, w, h, h)
         for block in self.up:
             h = block(h, cond)
         return self.out(h)
 
-    def loss(self, z: Tensor, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """() mean squared error of v = alpha eps - sigma z (2202.00512v2, Appendix D) at logit-normal times (2403.03206v1,
-        Sec. 3.1). z (B, C, h, h) clean standardized latents, prompt (B, P), prefs (B, M). About 1 at initialization."""
+    def loss(self, z: Tensor, prompt: Tensor, prefs: Tensor,
+             generator: torch.Generator | None = None) -> Tensor:
+        """() mean squared error of v = alpha eps - sigma z (2202.00512v2, Appendix D) at logit-normal times
+        (2403.03206v1, Sec. 3.1). z (B, C, h, h) clean standardized latents, prompt (B, P), prefs (B, M).
+        About 1 at initialization."""
         u = torch.randn(len(z), generator=generator, device=z.device, dtype=z.dtype)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         t = u.sigmoid()
@@ -664,33 +700,34 @@ class Denoiser(nn.Module):
 T_MAX = 0.98    # sampling starts here and not at 1: there z_t still tells nothing, and training rarely goes
 
 
-def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
-    """z_t = alpha z_0 + sigma eps at time t in [0, 1]: (cos, sin)(pi t / 2), so alpha^2 + sigma^2 = 1 (variance
-    preserving, cosine schedule: 2102.09672v1, Eq. 17). alpha_bar of DDPM is alpha^2."""
-    angle = t * (math.pi / 2)
-    return angle.cos(), angle.sin()
-
-
 def sampling_times(steps: int, like: Tensor) -> Tensor:
     """(steps + 1,) times from T_MAX down to exactly 0, evenly, in like's dtype and device."""
     return torch.linspace(T_MAX, 0, steps + 1, device=like.device, dtype=like.dtype)
 
 
 def ddim_step(z: Tensor, v: Tensor, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """One step of DDIM from time t to s < t: N(mean, std^2) of z_s given z_t = z (2010.02502v4, Eq. 12 and 16).
+    """One step of DDIM from time t to s < t: N(mean, std^2) of z_s given z_t = z (2010.02502v4, Eq. 12, 16).
         z_0 = alpha_t z - sigma_t v,  eps = sigma_t z + alpha_t v
-        std = eta sigma_s / sigma_t sqrt(1 - alpha_t^2 / alpha_s^2),  mean = alpha_s z_0 + sqrt(sigma_s^2 - std^2) eps
-    z, v (B, C, h, h), t and s () -> mean (B, C, h, h), std () >= 0, which is 0 at s = 0: no noise in the last step."""
+        std = eta sigma_s / sigma_t sqrt(1 - alpha_t^2 / alpha_s^2)
+        mean = alpha_s z_0 + sqrt(sigma_s^2 - std^2) eps
+    z, v (B, C, h, h), t, s () -> mean (B, C, h, h), std () >= 0, which is 0 at s = 0: no noise at the end."""
     (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
     std = eta * sigma_s / sigma * (1 - (alpha / alpha_s).square()).clamp(min=0).sqrt()
     clean, eps = alpha * z - sigma * v, sigma * z + alpha * v
     return alpha_s * clean + (sigma_s.square() - std.square()).clamp(min=0).sqrt() * eps, std
 
 
-def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor, guidance: float) -> Tensor:
-    """v(null) + w (v(prefs) - v(null)), fp32 or better (2207.12598v1, Eq. 6, on v; the prompt is in both).
-    t () or (B,). Both branches run as one batch; at w = 1 the null branch is skipped. With gradient on, the null branch
-    runs apart and without it: what REINFORCE changes is not in it."""
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Sums and log-probabilities want fp32, whatever autocast gave; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor,
+             guidance: float) -> Tensor:
+    """v(null) + w (v(prefs) - v(null)), fp32 or better (2207.12598v1, Eq. 6, on v and with w for its 1 + w;
+    the prompt is in both). z (B, C, h, h), t () or (B,) -> (B, C, h, h). Both branches run as one batch; at
+    w = 1 the null branch is skipped. With gradient on, the null branch runs apart and without it: what
+    REINFORCE changes is not in it."""
     t = t.expand(len(z))
     if guidance == 1:
         return _at_least_fp32(denoiser(z, t, prompt, prefs))
@@ -705,19 +742,16 @@ def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Te
     return torch.lerp(_at_least_fp32(v_null), _at_least_fp32(v), guidance)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Sums and log-probabilities want fp32, whatever autocast gave; fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 @torch.no_grad()
-def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
-                   guidance: float = 1.0, steps: int = 8, eta: float = 1.0) -> Tensor:
+def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
+                   generator: torch.Generator | None = None, guidance: float = 1.0, steps: int = 8,
+                   eta: float = 1.0) -> Tensor:
     """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1].
-    prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the last is
-    Gaussian, and transition() gives its density. Raises ValueError if steps < 1."""
-    if steps < 1:
-        raise ValueError(f"sample_latents: steps={steps}: need steps >= 1")
+    prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the
+    last is Gaussian, and transition() gives its density. The generator, on the denoiser's device, advances by
+    the same amount whatever is sampled. Raises ValueError if steps < 1 or eta is outside [0, 1]."""
+    if steps < 1 or not 0 <= eta <= 1:
+        raise ValueError(f"sample_latents: steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1")
     weight, side = denoiser.conv_in.weight, denoiser.cfg.size // 4
     shape = (steps + 1, len(prompt), denoiser.cfg.latent, side, side)
     chain = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
@@ -731,12 +765,14 @@ def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor, generator:
 
 def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float,
                eta: float) -> tuple[Tensor, Tensor]:
-    """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it with the
-    same settings; log N(chain[k + 1]; mean, std^2) is the step's log-probability (DDPO, 2305.13301v4, Sec. 4.2).
+    """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it
+    with the same settings; log N(chain[k + 1]; mean, std^2), summed over the latent, is the step's
+    log-probability (DDPO, 2305.13301v4, Sec. 4.2). chain (S + 1, B, C, h, h), prompt (B, P), prefs (B, M).
     Raises ValueError for a step that is not Gaussian: the last one, or any at eta = 0."""
     steps = len(chain) - 1
     if not 0 <= k < steps - 1 or eta == 0:
-        raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density; need 0 <= k < {steps - 1}, eta > 0")
+        raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density: need "
+                         f"0 <= k < {steps - 1} and eta > 0")
     times = sampling_times(steps, chain)
     v = guided_v(denoiser, chain[k], times[k], prompt, prefs, guidance)
     return ddim_step(chain[k], v, times[k], times[k + 1], eta)
@@ -744,7 +780,7 @@ def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float, step: int):
-    """average <- decay average + (1 - decay) model, parameter by parameter; the decay is at most (1 + step) / (10 + step),
-    so that the start is forgotten. Cheap: one fused call."""
+    """average <- decay average + (1 - decay) model, parameter by parameter; the decay is at most
+    (1 + step) / (10 + step), so that the start is forgotten. Buffers stay. Cheap: one fused call."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)

@@ -2,7 +2,7 @@
     cos(f(x), g(y))                           Scorer          contrastive (CLIP, arXiv 2103.00020v1 Fig. 3)
     R = lambda_c cos + lambda_p (s_x + s_y)   pair_reward     each term normalized within its group of samples
     A_s = R_s - mean of the group's others    leave_one_out   (Kool et al. 2019)
-    grad = E[A grad log pi]                   reinforce_loss  (Williams 1992), stepped by RowAdam
+    grad = E[A grad log pi]                   reinforce_loss  (Williams 1992), a step of token_optimizer
     how good is a pair, on any data           judge_*  swap_share  taste  frechet_distance  interval
 Shapes: B batch, D width, G groups, S samples in a group (S_i images, S_t texts), T text length, V vocabulary,
 P prompt words, W distinct prompts, U users, I items, N and M sizes of two sets, H picture side in pixels."""
@@ -78,7 +78,9 @@ def info_nce(a: Tensor, b: Tensor, same: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE: each row of a finds its own row of b among all of them, and the reverse.
         loss = 1/2 [ CE(softmax_j(scale a_i.b_j), q_i) + CE(softmax_i(scale a_i.b_j), q_j) ]
     Source: CLIP, arXiv 2103.00020v1 Fig. 3.  Leaves it: q is not one-hot but uniform over the rows that
-    `same` calls equal (as arXiv 2004.11362v5), so two items with one prompt are no false negatives.
+    `same` calls equal (as arXiv 2004.11362v5), so two items with one text are no false negatives. (It matters
+    where augmentation hides different tokens of that text: one-hot targets would push its two readings apart.
+    Equal rows with equal embeddings, such as prompts, give the same sum either way.)
     a, b (B, D) unit vectors; same (B, B) bool, symmetric, True on the diagonal; scale () = 1 / temperature.
     Returns (), nats."""
     logits = scale * (a @ b.T)                                        # (B, B)
@@ -168,13 +170,13 @@ class Scorer(nn.Module):
     def loss(self, images: Tensor, tokens: Tensor, prompt: Tensor,
              generator: torch.Generator | None = None) -> Tensor:
         """InfoNCE of image-text, image-prompt and text-prompt pairs, their mean, in nats; chance is ln B.
-        Items with the same words in a text (or, in any order, in a prompt) are no negatives of each other.
+        Items with the same text, or the same prompt, are no negatives of each other.
         images (B, 3, H, H), tokens (B, T), prompt (B, P) of the same B items; generator: of the augmentation
         (None: torch's own).  Raises on unequal lengths."""
         if not len(images) == len(tokens) == len(prompt):
             raise ValueError(f"Scorer.loss: {len(images)} images, {len(tokens)} texts and {len(prompt)} "
                              "prompts; give one of each for every item")
-        same_text, same_prompt = same_rows(tokens), same_rows(prompt.sort(1).values)     # (B, B)
+        same_text, same_prompt = same_rows(tokens), same_rows(prompt)                    # (B, B)
         images, tokens = self.augment(images, tokens, generator)
         image, text, topic = self.encode_image(images), self.encode_text(tokens), self.encode_prompt(prompt)
         scale = self.log_scale.clamp(0, math.log(100)).exp()                             # () CLIP Sec. 2.5
@@ -279,39 +281,12 @@ def categorical_kl(log_p: Tensor, log_q: Tensor, keep: Tensor | None = None) -> 
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 
-class RowAdam(torch.optim.Optimizer):
-    """Adam on the rows of embedding tables; a row with zero gradient stays as it is, to the bit.
-
-    Each row is its own Adam (arXiv 1412.6980v9 Alg. 1): its moments and step count advance only when it is
-    used.  AdamW would shrink every row by its weight decay, and Adam goes on moving a row by the momentum
-    of rounds long past: with a few users in a round, both change tokens that the round said nothing about.
-    Tables are (R, D), R rows.  All state is tensors, so state_dict resumes at the bit."""
-
-    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every table that has a gradient; no host sync, no Python loop over rows."""
-        for group in self.param_groups:
-            for table in (p for p in group["params"] if p.grad is not None):
-                state = self.state[table]
-                if not state:
-                    state.update(count=table.new_zeros(len(table), 1), exp_avg=torch.zeros_like(table),
-                                 exp_avg_sq=torch.zeros_like(table))
-                self._update(table, state, group)
-
-    @staticmethod
-    def _update(table: Tensor, state: dict, group: dict):
-        grad, (beta1, beta2) = table.grad, group["betas"]
-        used = (grad != 0).any(1, keepdim=True)                       # (R, 1)
-        count, m, v = state["count"], state["exp_avg"], state["exp_avg_sq"]
-        count.add_(used)                                              # (R, 1) updates of this row so far
-        m.copy_(torch.where(used, m.lerp(grad, 1 - beta1), m))
-        v.copy_(torch.where(used, v.lerp(grad.square(), 1 - beta2), v))
-        m_hat = m / (1 - beta1 ** count).clamp(min=1e-8)              # clamp: unused rows only, 0 / 0
-        v_hat = v / (1 - beta2 ** count).clamp(min=1e-8)
-        table.copy_(torch.where(used, table - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"]), table))
+def token_optimizer(table: nn.Parameter, lr: float) -> torch.optim.Adam:
+    """Adam (0.9, 0.95), without weight decay, for a table of preference tokens (R, D).
+    A row that no sample used has no gradient.  AdamW still shrinks it, by lr * weight_decay a round; Adam
+    leaves a row that was never used as it is, to the bit.  A row used before goes on for some rounds by its
+    momentum, that is by its own earlier gradients (per-row moments that wait instead learnt less)."""
+    return torch.optim.Adam([table], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # ---- the judge: how good is a pair, on any data ------------------------------------------------------------
@@ -393,13 +368,52 @@ def taste(embedding: Tensor, user: Tensor, item: Tensor, n_users: int) -> Tensor
     return total / count.clamp(min=1)[:, None]
 
 
+class Content(NamedTuple):
+    """Images and texts made for the same B (user, prompt) pairs."""
+    images: Tensor      # (B, 3, H, H) in [-1, 1]
+    tokens: Tensor      # (B, T) int64
+
+
+@torch.no_grad()
+def embed(judge: Scorer, content: Content, batch: int = 256) -> dict[str, Tensor]:
+    """The judge's embeddings {"image": (B, D), "text": (B, D)}, `batch` rows at a time."""
+    parts = zip(content.images.split(batch), content.tokens.split(batch))
+    image, text = zip(*((judge.encode_image(x), judge.encode_text(y)) for x, y in parts))
+    return {"image": torch.cat(image), "text": torch.cat(text)}
+
+
+@torch.no_grad()
+def judge_measures(judge: Scorer, own: Content, other: Content, likes: dict[str, Tensor], prompts: Tensor,
+                   prompt_index: Tensor) -> dict[str, Tensor]:
+    """What the judge finds in pairs made with the users' own tokens, beside those made with others' tokens, (B,) each.
+    likes[m] (B, D): `taste` of each pair's user; prompts (W, P) distinct, prompt_index (B,) into them."""
+    mine, theirs = embed(judge, own), embed(judge, other)
+    found = {"judge_consistency": judge_consistency(mine["image"], mine["text"])}
+    for m in ("image", "text"):
+        liking = [F.cosine_similarity(x[m], likes[m], dim=1) for x in (mine, theirs)]
+        found[f"judge_swap_{m}"] = swap_share(*liking)
+        if len(prompts) > 1:
+            found[f"judge_prompt_{m}"] = judge_prompt(mine[m], judge.encode_prompt(prompts), prompt_index)
+    return found
+
+
+def frechet_interval(made: Tensor, real: Tensor, group: Tensor, n_groups: int = 10) -> dict[str, float]:
+    """frechet_distance of features made (N, D) and real (M, D) with its 95 % interval by the jackknife, leaving out one
+    group of rows of `made` at a time; group (N,) int64 in [0, n_groups), whole users in each."""
+    mean = frechet_distance(made, real)
+    without = torch.tensor([frechet_distance(made[group != g], real) for g in range(n_groups)], dtype=torch.float64)
+    variance = (n_groups - 1) / n_groups * (without - without.mean()).square().sum().item()
+    half = float(student_t.ppf(0.975, n_groups - 1)) * math.sqrt(variance)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def interval(values: Tensor, cluster: Tensor | None = None, level: float = 0.95) -> dict[str, float]:
     """Mean of values with its confidence interval, when the values of one cluster (user) are not independent.
         Var(mean) = C/(C-1) sum_c [ sum_{i in c} (v_i - mean) ]^2 / n^2,    Student's t with C - 1 degrees
     Cluster-robust (Liang and Zeger 1986): right for any dependence inside a cluster and for clusters of
     unequal size, without a bootstrap's seed; about 20 clusters are enough.  Default: each value its own.
-    values (n,) finite, cluster (n,) integers.  Returns {"mean", "low", "high"}; low and high are nan for a
-    single cluster, whose spread nobody can know.  Not clipped to [0, 1].  Raises on no or non-finite values."""
+    values (n,) finite, cluster (n,) integers.  Returns {"mean", "low", "high"}, not clipped to [0, 1];
+    low and high are nan for a single cluster: its spread is unknown.  Raises on no or non-finite values."""
     values = torch.as_tensor(values).detach().double().cpu()
     if values.dim() != 1 or len(values) == 0 or not values.isfinite().all():
         raise ValueError(f"interval: values of shape {tuple(values.shape)}, {(~values.isfinite()).sum()} of "

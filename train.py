@@ -4,10 +4,10 @@
     python train.py --data DIR            your data (the format: dppmg.py)
     python train.py --smoke               every stage, tiny
     python train.py --resume              go on with the latest unfinished run
-    python train.py --study pareto|bits   a question instead of a run
+    python train.py --study pareto|bits   several runs that share the stages they have in common, side by side
 
-A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/ (--out). It can be killed at any
-time: all randomness is drawn from (seed, stage, step), so a resumed run ends with the same bits.
+A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/ (--out). It can be killed at
+any time: all randomness is a function of (seed, stage, step), so a resumed run ends with the same bits.
 
 Shapes: as in dppmg.py; A attributes of a sticker.
 """
@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +42,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
-                   OneLineParser, parse_prompt, pick_device, read_checkpoint, replacing, table_as, to_picture)
-from generators import Denoiser, Tokenizer, ema_update
-from gnn import bpr_loss, build_graph, ranking_metrics, sample_negatives, sample_triplets
-from reward import (RowAdam, Scorer, disjoint_halves, frechet_distance, interval, judge_consistency, judge_prompt,
-                    swap_share, taste)
-from vq import codebook_health, explained
+from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG, OneLineParser,
+                   flag_of, pick_device, read_checkpoint, replacing, settings, table_as, to_picture)
+from generators import Tokenizer, ema_update
+from gnn import bpr_loss, build_graph, ranking_metrics, sample_triplets
+from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
+                    judge_measures, swap_share, taste)
+from vq import code_lift, codebook_health, explained, linear_probe
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,25 @@ class TrainConfig:
     items: int = 2000             # stickers in the built-in data
     users: int = 600              # users of the built-in data
     interactions: int = 30        # stickers that each of them likes
-    referee_pictures: int = 4000  # freshly drawn stickers that the referee learns from
-    referee_steps: int = 400      # optimizer steps of the referee
+    referee_pictures: int = 3000  # freshly drawn stickers that the referee learns from
+    referee_steps: int = 300      # optimizer steps of the referee
     pairs: int = 600              # (user, prompt) pairs of the test part to evaluate on
+    new_users: float = 0.08       # share of the users kept out of all training, to be folded in
     checkpoint_seconds: float = 60.0  # between two checkpoints within a stage
 
     def __post_init__(self):
-        for name, low in (("items", 16), ("users", 4), ("interactions", 10), ("referee_pictures", 16),
-                          ("referee_steps", 1), ("pairs", 2), ("checkpoint_seconds", 0)):
+        for name, low in (("items", 16), ("users", 4), ("interactions", 10), ("referee_pictures", 16), ("referee_steps", 1),
+                          ("pairs", 2), ("new_users", 0), ("checkpoint_seconds", 0)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < low:
                 raise ValueError(f"TrainConfig.{name}={value}: need a finite {name} >= {low}")
         if self.interactions > self.items // 2:
             raise ValueError(f"TrainConfig.interactions={self.interactions}: need at most half of items={self.items}")
+        if self.new_users > 0.5:
+            raise ValueError(f"TrainConfig.new_users={self.new_users}: need new_users <= 0.5")
 
 
-# ---- stickers: data whose tastes are known -----------------------------------------------------------------
+# ---- stickers: data whose tastes are known --------------------------------------------------------------------------
 
 SUBJECTS = ("fish", "house", "tree", "boat", "star", "heart", "moon", "flower")
 SETTINGS = ("dawn", "day", "dusk", "night")
@@ -86,6 +89,7 @@ TONES = (                                   # the verbal attribute: six ways of 
     "behold the {subject}! mighty ruler of {setting}!",
 )
 ATTRIBUTES = {"subject": SUBJECTS, "setting": SETTINGS, "colour": COLOURS, "pattern": PATTERNS, "tone": TONES}
+SEEN = ("subject", "setting", "colour", "pattern")                                  # in the picture
 SHOWS = {"image": ("setting", "colour", "pattern"), "text": ("setting", "tone")}    # and the prompt leaves open
 SHARPNESS = {"subject": 1.0, "setting": 1.0, "colour": 2.0, "pattern": 2.0, "tone": 2.0}    # std of log tastes
 PAINT = {"red": (214, 40, 40), "orange": (240, 130, 30), "yellow": (250, 215, 50), "green": (50, 150, 60),
@@ -101,17 +105,16 @@ def _star() -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
-    """The curve that everybody uses."""
     t = np.linspace(0, 2 * np.pi, 40)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return list(zip(16 * np.sin(t) ** 3 / 17, (-y - 1) / 15))
 
 
-def _petals() -> list[tuple[str, tuple]]:
-    """Five circles around one."""
+def _flower() -> list[tuple[str, tuple]]:
+    """Five petals around a disc."""
     angles = np.arange(5) * math.tau / 5 - math.pi / 2
-    centers = [(0, 0, 0.4)] + [(0.58 * math.cos(a), 0.58 * math.sin(a), 0.38) for a in angles]
-    return [("ellipse", (x - r, y - r, x + r, y + r)) for x, y, r in centers]
+    discs = [(0, 0, 0.4)] + [(0.58 * math.cos(a), 0.58 * math.sin(a), 0.38) for a in angles]
+    return [("ellipse", (x - r, y - r, x + r, y + r)) for x, y, r in discs]
 
 
 SHAPES = {      # on [-1, 1]^2: corners of a polygon, box of an ellipse, box of an ellipse that is cut out again
@@ -119,12 +122,12 @@ SHAPES = {      # on [-1, 1]^2: corners of a polygon, box of an ellipse, box of 
     "house": [("polygon", [(-0.75, -0.1), (0.75, -0.1), (0.75, 0.9), (-0.75, 0.9)]),
               ("polygon", [(-1, -0.1), (0, -0.95), (1, -0.1)])],
     "tree": [("ellipse", (-0.8, -1, 0.8, 0.45)), ("polygon", [(-0.22, 0.3), (0.22, 0.3), (0.3, 1), (-0.3, 1)])],
-    "boat": [("polygon", [(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]),
-             ("polygon", [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)]), ("polygon", [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)])],
+    "boat": [("polygon", [(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]), ("polygon", [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)]),
+             ("polygon", [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)])],
     "star": [("polygon", _star())],
     "heart": [("polygon", _heart())],
     "moon": [("ellipse", (-0.95, -0.95, 0.95, 0.95)), ("cut", (0.05, -0.8, 1.35, 0.5))],
-    "flower": _petals(),
+    "flower": _flower(),
 }
 
 
@@ -190,20 +193,20 @@ def write_stickers(folder: Path, world: World, seed: int):
     rows = []
     for n, values in enumerate(world.items):
         value = {a: ATTRIBUTES[a][v] for a, v in zip(ATTRIBUTES, values)}
-        draw_sticker(*list(value.values())[:4], rng).save(folder / "images" / f"s{n:04d}.png")
-        text = value["tone"].format(**value)
-        rows.append([f"s{n:04d}", text, value["subject"], value["setting"], value["colour"], value["pattern"]])
+        with replacing(folder / "images" / f"s{n:04d}.png") as path:
+            draw_sticker(*(value[a] for a in SEEN), rng).save(path, "PNG")
+        rows.append([f"s{n:04d}", value["tone"].format(**value), *(value[a] for a in SEEN)])
     likes = [[f"u{u:03d}", f"s{i:04d}", t] for u, liked in enumerate(world.liked) for t, i in enumerate(liked)]
-    for name, header, lines in (("items", ["item", "text", "prompt", "setting", "colour", "pattern"], rows),
+    for name, header, lines in (("items", ["item", "text", "prompt", *SEEN[1:]], rows),
                                 ("interactions", ["user", "item", "timestamp"], likes)):
         with replacing(folder / f"{name}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *lines])
 
 
 def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], subject, setting, colour, pattern (n, 4)."""
-    values = np.stack([rng.integers(0, len(v), n) for v in list(ATTRIBUTES.values())[:4]], 1)
-    pictures = [np.asarray(draw_sticker(SUBJECTS[a], SETTINGS[b], COLOURS[c], PATTERNS[d], rng)) for a, b, c, d in values]
+    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], and the values of SEEN (n, 4)."""
+    values = np.stack([rng.integers(0, len(ATTRIBUTES[a]), n) for a in SEEN], 1)
+    pictures = [np.asarray(draw_sticker(*(ATTRIBUTES[a][v] for a, v in zip(SEEN, row)), rng)) for row in values]
     return to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)), torch.from_numpy(values)
 
 
@@ -218,14 +221,14 @@ class Referee(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.sizes = [len(v) for v in list(ATTRIBUTES.values())[:4]]
+        self.sizes = [len(ATTRIBUTES[a]) for a in SEEN]
         self.net = nn.Sequential(
             nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(),
             nn.Conv2d(64, 96, 3, 2, 1), nn.GroupNorm(8, 96), nn.ReLU(), nn.Conv2d(96, 96, 3, 2, 1), nn.ReLU(),
             nn.Flatten(), nn.Linear(96 * 16, sum(self.sizes)))
 
     def loss(self, pictures: Tensor, values: Tensor, generator: torch.Generator | None) -> Tensor:
-        """() cross entropy summed over the attributes; pictures (B, 3, 32, 32) get noise of up to 0.1, values (B, 4)."""
+        """() cross entropy summed over SEEN; pictures (B, 3, 32, 32) get noise of up to 0.1, values (B, 4)."""
         size = torch.rand(len(pictures), 1, 1, 1, generator=generator, device=pictures.device) / 10
         noise = torch.randn(pictures.shape, generator=generator, device=pictures.device)
         logits = self.net(pictures + size * noise).split(self.sizes, 1)
@@ -233,14 +236,14 @@ class Referee(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, H) in [-1, 1] -> (B, 4) int64 subject, setting, colour, pattern; other sizes are resized."""
+        """(B, 3, H, H) in [-1, 1] -> (B, 4) int64, the values of SEEN; other sizes than 32 are resized."""
         if pictures.shape[-1] != SIDE:
             pictures = F.interpolate(pictures, size=(SIDE, SIDE), mode="area")
         return torch.stack([x.argmax(1) for x in self.net(pictures).split(self.sizes, 1)], 1)
 
 
-_GRAMMAR = [re.compile(re.escape(tone).replace(r"\{subject\}", "(?P<subject>\\w+)").replace(
-    r"\{setting\}", "(?P<setting>\\w+)")) for tone in TONES]
+_GRAMMAR = [re.compile(re.escape(tone).replace(r"\{subject\}", r"(?P<subject>\w+)").replace(
+    r"\{setting\}", r"(?P<setting>\w+)")) for tone in TONES]
 
 
 def read_text(text: str) -> tuple[int, int, int]:
@@ -251,10 +254,27 @@ def read_text(text: str) -> tuple[int, int, int]:
     return -1, -1, -1
 
 
-# ---- a run: stages that can be killed and resumed ----------------------------------------------------------
+# ---- a run: stages that can be killed and resumed -------------------------------------------------------------------
+
+NEW = 3         # part of the interactions of users who are kept out of all training
+
 
 class Diverged(RuntimeError):
     """A loss, gradient or parameter is not finite; says which, in which stage and step."""
+
+
+def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
+    """Put a share of the users, at random, into part NEW; of those, in the order of time: history and test (user, item)."""
+    user, order = data.user, np.lexsort((data.time if data.time is not None else np.arange(len(data.user)), data.user))
+    order = torch.from_numpy(order)
+    able = (user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
+    able = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))]
+    held = torch.zeros(len(data.user_ids), dtype=torch.bool)
+    held[able[:min(int(share * len(data.user_ids)), len(able) - 2)]] = True
+    user, item, part = user[order], data.item[order], data.part[order]
+    rows = {"history": held[user] & (part == TRAIN), "test": held[user] & (part == TEST)}
+    data.part[held[data.user]] = NEW
+    return {name: torch.stack([user[mask], item[mask]]) for name, mask in rows.items()}
 
 
 class Run:
@@ -265,28 +285,24 @@ class Run:
 
     def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None, out: Path, device: torch.device):
         self.cfg, self.train, self.data, self.world, self.out, self.device = cfg, train, data, world, out, device
-        self.done: list[str] = []
-        self.stage, self.step, self.optimizer_state = "", 0, None
-        self.log: list[list] = []
-        self.metrics: dict = {}
-        self.seconds: dict[str, list[float]] = {}       # stage -> [wall, cpu]
-        self.tables: dict[str, Tensor] = {}
-        self.saved_at = time.monotonic()
-        self.interrupted = self.busy = False
+        self.done, self.stage, self.step, self.optimizer_state = [], "", 0, None
+        self.log, self.metrics, self.seconds, self.tables = [], {}, {}, {}
+        self.saved_at, self.interrupted, self.busy = time.monotonic(), False, False
+        self.new = hold_out_users(data, train.new_users, cfg.method.seed)
         tokenizer = Tokenizer.train(data.texts, cfg.text.vocab_size)
         torch.manual_seed(cfg.method.seed)
         model = DPPMG(cfg, Catalogue.of(data, tokenizer))
         torch.manual_seed(cfg.method.seed + 1)          # the judge shares no seed with the scorer
         judge = Scorer(cfg.reward, tokenizer.vocab_size, max(1, len(data.words)))
         self.modules = nn.ModuleDict({"model": model, "average": copy.deepcopy(model.image), "judge": judge,
-                                      "referee": Referee()}).to(device)
-        self.modules["model"].to(device)                # its graph, too
+                                      "referee": Referee()})
+        self.modules.to(device)
+        model.to(device)                                # its graph, too
         tokens, self.n_cut = tokenizer.encode_batch(data.texts, cfg.text.context)
-        self.tokens = tokens.to(device)                                                     # (I, T)
+        self.tokens, self.images = tokens.to(device), data.images.to(device)                # (I, T), (I, 3, H, H) uint8
         self.prompt = model.catalogue.encode_prompts(data.prompts).to(device)               # (I, P)
-        self.images = data.images.to(device)                                                # (I, 3, H, H) uint8
-        self.liked = tuple(x.to(device) for x in data.pairs(TRAIN))                         # (E,), (E,)
-        self.seen = torch.unique(self.liked[1])                                             # items liked in training
+        self.liked = torch.stack(data.pairs(TRAIN)).to(device)                              # (2, E) users, items
+        self.users, self.seen = (x.unique() for x in self.liked)                            # who and what is trained on
 
     @property
     def model(self) -> DPPMG:
@@ -296,7 +312,7 @@ class Run:
     def generator(self, stage: str, step: int = 0) -> torch.Generator:
         """The randomness of one step of one stage: a function of the seed, the stage and the step."""
         digest = hashlib.sha256(f"{self.cfg.method.seed}/{stage}/{step}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def autocast(self):
         """bf16 where there are tensor cores for it; elsewhere nothing."""
@@ -306,7 +322,7 @@ class Run:
         """Write checkpoint.pt and log.csv; not if a parameter is not finite: then the last good checkpoint stays."""
         for name, value in self.modules.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
-                raise Diverged(f"stage {self.stage}, step {self.step}: {name} is not finite")
+                raise Diverged(f"stage {self.stage}, step {self.step}: {name} is not finite; the last good checkpoint is kept")
         state = self.model.state() | {
             "format": FORMAT, "train": asdict(self.train), "done": self.done, "stage": self.stage, "step": self.step,
             "optimizer": optimizer.state_dict() if optimizer else None, "tables": self.tables, "log": self.log,
@@ -318,9 +334,8 @@ class Run:
             csv.writer(file).writerows([["stage", "step", "name", "value"], *self.log])
         self.saved_at = time.monotonic()
 
-    def restore(self):
-        """Go on from checkpoint.pt, if there is one. Raises CheckpointError where it does not fit."""
-        path = self.out / "checkpoint.pt"
+    def restore(self, path: Path):
+        """Go on from a checkpoint, if there is one. Raises CheckpointError where it does not fit."""
         if not path.exists():
             return
         state = read_checkpoint(path)
@@ -346,32 +361,30 @@ class Run:
         try:
             yield
         finally:
-            spent = self.seconds.setdefault(stage, [0.0, 0.0])
-            spent[0] += time.perf_counter() - wall
-            spent[1] += time.process_time() - cpu
+            before = self.seconds.get(stage, [0.0, 0.0])
+            self.seconds[stage] = [before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu]
 
 
 def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices and kernels only, as one fused kernel where there is one."""
-    decay = [p for p in module.parameters() if p.ndim > 1]
-    groups = [{"params": decay, "weight_decay": weight_decay},
-              {"params": [p for p in module.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    device = decay[0].device.type
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=device in ("cpu", "cuda", "mps"))
+    """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
+    matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
 
 
-def warm_then_linear(x: float, warm: float = 0.05, hold: float = 0.0) -> float:
+def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
     """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
-    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - max(hold, warm)))
+    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
 
 
 def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable[[torch.Generator], dict[str, Tensor]],
-        schedule: Callable[[float], float] = warm_then_linear, after: Callable[[int], None] | None = None, every: int = 50, clip: float = 1.0):
-    """The one training loop: `losses` gives the tensors to log, of which "loss" is descended; `after`(step) follows each step.
-    Goes on where a checkpoint left this stage, and writes one from time to time. Raises Diverged on a loss or gradient that is
-    not finite (looked at each step on the CPU, elsewhere every `every` steps: it waits for the device)."""
+        schedule: Callable[[float], float] = ramp, after: Callable[[int], None] | None = None, every: int = 50,
+        clip: float = 1.0):
+    """The one training loop: `losses` gives the tensors to log, of which "loss" is descended; `after`(step) follows a step.
+    Goes on where a checkpoint left this stage, and writes one from time to time. Raises Diverged on a loss or gradient that
+    is not finite (looked at each step on the CPU, elsewhere every `every` steps: it waits for the device)."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    peaks, first, sums = [group["lr"] for group in optimizer.param_groups], run.step, {}
+    peaks, first = [group["lr"] for group in optimizer.param_groups], run.step
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
@@ -388,9 +401,9 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         if run.device.type == "cpu" or (step + 1) % every == 0:
             check_finite(run, step, parts | {"gradient": norm})
         optimizer.step()
+        run.step = step + 1
         if after:
             after(step)
-        run.step = step + 1
         if run.step % every == 0 or run.step == steps:
             run.note(run.step, **{name: value.item() for name, value in parts.items()})
             bar.set_postfix(loss=f"{parts['loss'].item():.4f}")
@@ -409,12 +422,12 @@ def check_finite(run: Run, step: int, parts: dict[str, Tensor]):
                            "try a lower learning rate")
 
 
-# ---- the stages --------------------------------------------------------------------------------------------
-# Each trains one part on the data of the training interactions and returns its figure of merit, in words.
+# ---- the stages -----------------------------------------------------------------------------------------------------
+# Each trains one part on the training interactions, leaves its figures in run.metrics, and returns one of them in words.
 
-def pick(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n of the rows, with replacement."""
-    return rows[torch.randint(len(rows), (n,), generator=generator, device=rows.device)]
+def draw(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """size indices below n, with replacement."""
+    return torch.randint(n, (size,), generator=generator, device=generator.device)
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, n: int = 256) -> Tensor:
@@ -428,7 +441,7 @@ def train_autoencoder(run: Run) -> str:
     cfg, net = run.cfg.image, run.model.autoencoder
 
     def losses(generator):
-        return {"loss": net.loss(to_float(run.images[pick(run.seen, cfg.batch, generator)]), cfg.kl, generator)}
+        return {"loss": net.loss(to_float(run.images[run.seen[draw(len(run.seen), cfg.batch, generator)]]), cfg.kl, generator)}
     fit(run, adamw(net, cfg.ae_lr, cfg.weight_decay), cfg.ae_steps, losses)
     net.standardize(in_batches(net.encode, to_float(run.images[run.seen])))
     x = to_float(run.images[run.seen[:512]])
@@ -436,14 +449,9 @@ def train_autoencoder(run: Run) -> str:
     return f"reconstruction PSNR {10 * math.log10(4 / max(error.item(), 1e-12)):.1f} dB"
 
 
-def item_latents(run: Run) -> Tensor:
-    """Standardized latents of all items (I, C, h, h)."""
-    return in_batches(run.model.autoencoder.encode, to_float(run.images))
-
-
 def fit_features(run: Run) -> str:
     """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, computed for all."""
-    model, latents = run.model, item_latents(run)
+    model, latents = run.model, in_batches(run.model.autoencoder.encode, to_float(run.images))
     model.image_features.fit(latents[run.seen])
     model.text_features.fit(run.tokens[run.seen], run.cfg.method.seed)
     model.gnn.set_features("image", model.image_features(latents))
@@ -454,30 +462,23 @@ def fit_features(run: Run) -> str:
 def train_gnn(run: Run) -> str:
     """Modal-specific graph network by BPR."""
     cfg, model = run.cfg.gnn, run.model
-    optimizer = torch.optim.Adam(model.gnn.parameters(), cfg.lr)
 
     def losses(generator):
         return {"loss": model.gnn.loss(model.graph, *sample_triplets(model.graph, cfg.batch, generator))}
-    fit(run, optimizer, cfg.steps, losses, lambda x: 1.0)
-    run.metrics["stage1"] = rank(run)
+    fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
+    with torch.no_grad():
+        run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked.cpu(), torch.stack(run.data.pairs(TEST)))
     return f"recall@20 {run.metrics['stage1']['recall@20']:.4f}"
 
 
-def rank(run: Run, quantized: bool = False) -> dict[str, float]:
-    """Recall@20 and NDCG@20 on the test part, of all items not liked before: both modalities summed, and each alone."""
-    model = run.model
-    with torch.no_grad():
-        rows = model.gnn(model.graph)
-        if quantized:
-            rows = {m: (model.quantizer[m].eval().decode(model.quantizer[m].encode(u)) * u.norm(dim=1, keepdim=True), i)
-                    for m, (u, i) in rows.items()}
-    size = len(run.data.user_ids), len(run.data.item_ids)
-    before = torch.cat([torch.stack(run.data.pairs(part)) for part in (TRAIN, VALID)], 1)
-    seen, test = (build_graph(*pairs, *size).to(run.device) for pairs in (before, run.data.pairs(TEST)))
+def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], known: Tensor, test: Tensor) -> dict[str, float]:
+    """Recall@20 and NDCG@20 of test (user, item) (2, R), of all items but the known and, in training, the validation items;
+    by rows[m] = users' preferences (U, D) and items (I, D), summed over the modalities, and each alone."""
+    before = torch.cat([known, torch.stack(run.data.pairs(VALID))], 1)
+    graphs = [build_graph(*x, len(run.data.user_ids), len(run.data.item_ids)).to(run.device) for x in (before, test)]
     found = {}
     for name, chosen in {"": MODALITIES, "_image": ("image",), "_text": ("text",)}.items():
-        both = ({m: rows[m][side] for m in chosen} for side in (0, 1))
-        ranking = ranking_metrics(*both, seen, test, k=20)
+        ranking = ranking_metrics(*({m: rows[m][side] for m in chosen} for side in (0, 1)), *graphs, k=20)
         found[f"recall@20{name}"] = ranking.recall.mean().item()
         if not name:
             found["ndcg@20"] = ranking.ndcg.mean().item()
@@ -488,41 +489,49 @@ def train_codebook(run: Run) -> str:
     """Residual VQ-VAE of each modality's preferences; BPR on the reconstruction keeps the codes about ranking."""
     cfg, model = run.cfg.vq, run.model
     with torch.no_grad():
-        rows = {m: (u, i) for m, (u, i) in model.gnn(model.graph).items()}
+        rows = model.gnn(model.graph)
     model.quantizer.train()
     if run.step == 0:
         for m, (user, _) in rows.items():
-            model.quantizer[m].initialize(user, run.generator(f"k-means {m}"))
+            model.quantizer[m].initialize(user[run.users], run.generator(f"k-means {m}"))
 
     def losses(generator):
         user, pos, neg = sample_triplets(model.graph, cfg.batch, generator)
-        parts = {}
+        parts, total = {}, 0.0
         for m, (p, e) in rows.items():
-            out, p_u = model.quantizer[m](p[user], generator), p[user]
-            unit = out.reconstruction * p_u.norm(dim=1, keepdim=True)
-            ranking = bpr_loss((unit * e[pos]).sum(1), (unit * e[neg]).sum(1))
-            parts |= {f"reconstruction_{m}": out.reconstruction_loss, f"bpr_{m}": ranking,
-                      f"loss_{m}": out.loss + cfg.rank_weight * ranking}
-        return {"loss": sum(parts.pop(f"loss_{m}") for m in rows)} | parts
+            out = model.quantizer[m](p[user], generator)
+            rebuilt = out.reconstruction * p[user].norm(dim=1, keepdim=True)
+            ranking = bpr_loss((rebuilt * e[pos]).sum(1), (rebuilt * e[neg]).sum(1))
+            total = total + out.loss + cfg.rank_weight * ranking
+            parts |= {f"reconstruction_{m}": out.reconstruction_loss, f"bpr_{m}": ranking}
+        return {"loss": total} | parts
     fit(run, torch.optim.Adam(model.quantizer.parameters(), cfg.lr), cfg.steps, losses)
     model.update_preferences()
-    run.metrics["stage1"]["recall@20_quantized"] = rank(run, quantized=True)["recall@20"]
-    run.metrics["codebook"] = {}
-    for m, (user, _) in rows.items():
-        codes = getattr(model, f"tokens_{m}")
-        with torch.no_grad():
-            kept = explained(user, model.quantizer[m].decode(codes))
+    model.seed_tables()
+    run.metrics["codebook"], quantized = {}, {}
+    for m, (p, e) in rows.items():
+        codes, unit = getattr(model, f"tokens_{m}")[run.users], model.decode_tokens(m)
+        quantized[m] = unit * p.norm(dim=1, keepdim=True), e
+        kept = explained(p[run.users], unit[run.users])
         run.metrics["codebook"][m] = codebook_health(codes, cfg.codes) | {"explained": kept}
-    return f"recall@20 from tokens {run.metrics['stage1']['recall@20_quantized']:.4f}"
+    recall = rank(run, quantized, run.liked.cpu(), torch.stack(run.data.pairs(TEST)))["recall@20"]
+    run.metrics["stage1"]["recall@20_quantized"] = recall
+    return f"recall@20 from tokens {recall:.4f}"
 
 
 def liked_batch(run: Run, modality: str, n: int, null_rate: float, generator) -> tuple[Tensor, Tensor, Tensor]:
     """n training interactions: items (n,), their prompts (n, P), the users' tokens (n, M), null at null_rate."""
-    row = torch.randint(len(run.liked[0]), (n,), generator=generator, device=run.device)
-    user, item = (x[row] for x in run.liked)
+    user, item = run.liked[:, draw(run.liked.shape[1], n, generator)]
     prefs = getattr(run.model, f"tokens_{modality}")[user]
     drop = torch.rand(n, 1, generator=generator, device=run.device) < null_rate
     return item, run.prompt[item], prefs.masked_fill(drop, -1)
+
+
+def validation(run: Run, modality: str, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """As liked_batch: the first n interactions of the validation part, or of training where there is none."""
+    pairs = torch.stack(run.data.pairs(VALID)).to(run.device)
+    user, item = (pairs if pairs.shape[1] else run.liked)[:, :n]
+    return item, run.prompt[item], getattr(run.model, f"tokens_{modality}")[user]
 
 
 def train_text(run: Run) -> str:
@@ -533,33 +542,29 @@ def train_text(run: Run) -> str:
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
         return {"loss": net.loss(run.tokens[item], prompt, prefs)}
     fit(run, adamw(net, cfg.learning_rate, cfg.weight_decay), cfg.steps, losses)
-    user, item = (x.to(run.device) for x in run.data.pairs(VALID))
-    if not len(user):
-        return f"training loss {run.log[-1][-1]:.3f} nats per token"
+    item, prompt, prefs = validation(run, "text")
     with torch.no_grad():
-        loss = net.loss(run.tokens[item[:512]], run.prompt[item[:512]], run.model.tokens_text[user[:512]])
-    run.note(cfg.steps, valid=loss)
-    return f"validation loss {loss:.3f} nats per token"
+        run.note(cfg.steps, loss_validation=net.loss(run.tokens[item], prompt, prefs))
+    return f"validation loss {run.log[-1][-1]:.3f} nats per token"
 
 
 def train_image(run: Run) -> str:
     """Denoiser on the latents of the pictures that users liked; the running mean of its weights is what remains."""
-    cfg, net, average, latents = run.cfg.image, run.model.image, run.modules["average"], item_latents(run)
+    cfg, net, average = run.cfg.image, run.model.image, run.modules["average"]
+    latents = in_batches(run.model.autoencoder.encode, to_float(run.images))
+    if run.step == 0:
+        average.load_state_dict(net.state_dict())
 
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "image", cfg.batch, cfg.null_rate, generator)
         return {"loss": net.loss(latents[item], prompt, prefs, generator)}
-    fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, lambda x: warm_then_linear(x, 0.05, 0.5),
+    fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, lambda x: ramp(x, hold=0.5),
         lambda step: ema_update(average, net, cfg.ema, step))
     net.load_state_dict(average.state_dict())
-    user, item = (x.to(run.device) for x in run.data.pairs(VALID))
-    if not len(user):
-        return f"training loss {run.log[-1][-1]:.3f}"
+    item, prompt, prefs = validation(run, "image")
     with torch.no_grad():
-        loss = net.loss(latents[item[:512]], run.prompt[item[:512]], run.model.tokens_image[user[:512]],
-                        run.generator("image validation"))
-    run.note(cfg.steps, valid=loss)
-    return f"validation loss {loss:.4f}"
+        run.note(cfg.steps, loss_validation=net.loss(latents[item], prompt, prefs, run.generator("image validation")))
+    return f"validation loss {run.log[-1][-1]:.4f}"
 
 
 def scorer_items(run: Run) -> dict[str, Tensor]:
@@ -569,82 +574,83 @@ def scorer_items(run: Run) -> dict[str, Tensor]:
 
 
 def train_scorer(run: Run) -> str:
-    """The contrastive scorer of the reward; called for the stage "judge", its twin with other items and seed."""
-    cfg, name = run.cfg.reward, run.stage
-    net, items = (run.model.scorer if name == "scorer" else run.modules["judge"]), scorer_items(run)[name]
+    """The contrastive scorer of the reward; for the stage "judge", its twin with other items and another seed."""
+    cfg, (own, other) = run.cfg.reward, (("scorer", "judge") if run.stage == "scorer" else ("judge", "scorer"))
+    net, items = (run.model.scorer if own == "scorer" else run.modules["judge"]), scorer_items(run)
 
     def losses(generator):
-        batch = pick(items, min(cfg.scorer_batch, len(items)), generator)
+        batch = items[own][draw(len(items[own]), min(cfg.scorer_batch, len(items[own])), generator)]
         return {"loss": net.loss(to_float(run.images[batch]), run.tokens[batch], run.prompt[batch], generator)}
     fit(run, adamw(net, cfg.scorer_lr, 0.01), cfg.scorer_steps, losses)
-    other = scorer_items(run)["judge" if name == "scorer" else "scorer"][:256]
-    with torch.no_grad():
-        share = judge_consistency(net.encode_image(to_float(run.images[other])), net.encode_text(run.tokens[other])).mean()
+    found = embed(net, contents(run, items[other][:256]))
+    share = judge_consistency(found["image"], found["text"]).mean().item()
     run.note(cfg.scorer_steps, held_out_auc=share)
-    return f"image finds its text before {share:.1%} of others, on items that it was not trained on"
+    return f"a picture finds its text before {share:.1%} of others, on items that it was not trained on"
+
+
+def contents(run: Run, item: Tensor) -> Content:
+    """Pictures and texts of items (B,)."""
+    return Content(to_float(run.images[item]), run.tokens[item])
 
 
 def train_referee(run: Run) -> str:
     """Stickers only: learn to read pictures from freshly drawn ones."""
     if run.world is None:
         return "not needed: tastes are not known"
-    cfg, net, rng = run.train, run.modules["referee"], np.random.default_rng([run.cfg.method.seed, 3])
-    pictures, values = (x.to(run.device) for x in draw_batch(cfg.referee_pictures, rng))
+    cfg, net, seed, autoencoder = run.train, run.modules["referee"], run.cfg.method.seed, run.model.autoencoder
+    pictures, values = (x.to(run.device) for x in draw_batch(cfg.referee_pictures, np.random.default_rng([seed, 3])))
 
     def losses(generator):
-        row = torch.randint(len(pictures), (64,), generator=generator, device=run.device)
+        row = draw(len(pictures), 64, generator)
         return {"loss": net.loss(pictures[row], values[row], generator)}
     fit(run, adamw(net, 2e-3), cfg.referee_steps, losses)
-    pictures, values = (x.to(run.device) for x in draw_batch(1000, np.random.default_rng([run.cfg.method.seed, 4])))
-    read = in_batches(net.read, pictures)
-    rebuilt = in_batches(lambda x: net.read(run.model.autoencoder.decode(run.model.autoencoder.encode(x))), pictures)
-    names = list(ATTRIBUTES)[:4]
-    run.metrics["referee"] = {n: share_equal(read[:, k], values[:, k]) for k, n in enumerate(names)}
-    run.metrics["autoencoder"] = {n: share_equal(rebuilt[:, k], values[:, k]) for k, n in enumerate(names)}
+    pictures, values = (x.to(run.device) for x in draw_batch(1000, np.random.default_rng([seed, 4])))
+    read = {"referee": in_batches(net.read, pictures), "autoencoder": in_batches(
+        lambda x: net.read(F.interpolate(autoencoder.decode(autoencoder.encode(F.interpolate(x, run.images.shape[2:])))
+                                         , (SIDE, SIDE), mode="area")), pictures)}
+    for name, found in read.items():
+        run.metrics[name] = dict(zip(SEEN, (found == values).double().mean(0).tolist()))
     return "right on fresh stickers: " + ", ".join(f"{n} {share:.1%}" for n, share in run.metrics["referee"].items())
-
-
-def share_equal(a: Tensor, b: Tensor) -> float:
-    """Share of the places where a and b are equal."""
-    return (a == b).double().mean().item()
 
 
 def train_reward(run: Run) -> str:
     """REINFORCE: the token tables, and nothing else, learn to please the reward."""
     cfg, model = run.cfg.reward, run.model
-    if not run.tables:
-        run.tables = {m: getattr(model, m).preference.weight.detach().clone() for m in MODALITIES}
+    tables = {m: getattr(model, m).preference.weight for m in MODALITIES}
+    if run.step == 0:
+        run.tables = {m: table.detach().clone() for m, table in tables.items()}
+        watch(run)
     model.requires_grad_(False)
-    tables = [model.image.preference.weight.requires_grad_(), model.text.preference.weight.requires_grad_()]
-    optimizer = RowAdam([{"params": tables[:1], "lr": cfg.lr_image}, {"params": tables[1:], "lr": cfg.lr_text}], cfg.lr_image)
+    optimizer = torch.optim.Adam([{"params": [tables[m].requires_grad_()], "lr": getattr(cfg, f"lr_{m}")} for m in MODALITIES],
+                                 betas=(0.9, 0.95))
 
     def losses(generator):
-        row = torch.randint(len(run.liked[0]), (cfg.groups,), generator=generator, device=run.device)
-        with_kl = cfg.kl_weight > 0 or run.step % cfg.log_every == 0
-        step = model.reinforce_step(run.liked[0][row], run.prompt[run.liked[1][row]], run.tables, with_kl, generator)
+        user, item = run.liked[:, draw(run.liked.shape[1], cfg.groups, generator)]
+        with_kl = cfg.kl_weight > 0 or (run.step + 1) % cfg.log_every == 0
+        step = model.reinforce_step(user, run.prompt[item], run.tables, with_kl, generator)
         kl = {"kl_image": step.kl_image, "kl_text": step.kl_text} if with_kl else {}
         return {"loss": step.loss} | step.parts._asdict() | kl
 
-    def watch(step):
+    def after(step):
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
-            run.note(step + 1, **{f"valid_{n}": v.mean() for n, v in watched(run).items()})
-    if run.step == 0:
-        run.note(0, **{f"valid_{n}": v.mean() for n, v in watched(run).items()})
-    fit(run, optimizer, cfg.rounds, losses, lambda x: 1 - x, watch, every=1, clip=math.inf)
+            watch(run)
+    fit(run, optimizer, cfg.rounds, losses, lambda x: 1 - x, after, every=1, clip=math.inf)
     model.requires_grad_(True)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
-    return f"{name} {values[0]:.3f} -> {values[-1]:.3f}"
+    return f"{name[6:]} on validation pairs {values[0]:.3f} -> {values[-1]:.3f}"
 
 
-# ---- evaluation: on what was held out, by a judge or referee that the reward never saw ----------------------
+def watch(run: Run):
+    """Log the measures on a few validation pairs: what does the reward do to them? The judge is no part of the reward."""
+    pairs = draw_pairs(run, VALID if len(run.data.pairs(VALID)[0]) else TRAIN, 96)
+    found = measures(run, pairs, *make(run, "after_reward", pairs, run.generator("watch")))
+    run.note(run.step, **{f"valid_{n}": v.mean() for n, v in found.items() if n != "copied"})
+
+
+# ---- evaluation: on what was held out, by a judge or referee that the reward never saw ------------------------------
 
 VARIANTS = ("real", "unpersonalized", "before_reward", "after_reward")
-
-
-class Samples(NamedTuple):
-    images: Tensor      # (B, 3, H, H) in [-1, 1]
-    tokens: Tensor      # (B, T)
 
 
 class Pairs(NamedTuple):
@@ -654,209 +660,235 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(run: Run, part: int, n: int) -> Pairs:
-    """At most n interactions of a part of the data, at random, each with another user."""
-    user, item = (x.to(run.device) for x in run.data.pairs(part))
+    """At most n interactions of a part of the data, at random, each with another user of the training."""
+    user, item = torch.stack(run.data.pairs(part)).to(run.device)
     generator = run.generator(f"pairs {part}")
     rows = torch.randperm(len(user), generator=generator, device=run.device)[:n]
-    shift = torch.randint(1, len(run.data.user_ids), rows.shape, generator=generator, device=run.device)
-    return Pairs(user[rows], item[rows], (user[rows] + shift) % len(run.data.user_ids))
+    place = torch.searchsorted(run.users, user[rows]) + 1 + draw(len(run.users) - 1, len(rows), generator)
+    return Pairs(user[rows], item[rows], run.users[place % len(run.users)])
 
 
-def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> tuple[Samples, Samples]:
+def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> tuple[Content, Content]:
     """What a variant gives for the pairs, and what it gives for the same prompts and the other users.
     real: the items, and other items with the same prompt (the same item where there is no other)."""
     model, prompt = run.model, run.prompt[pairs.item]
     if variant == "real":
         group = torch.unique(run.prompt, dim=0, return_inverse=True)[1]                     # (I,)
-        order, count = group.argsort(stable=True), group.bincount()
-        draw = torch.randint(2**62, pairs.item.shape, generator=generator, device=run.device) % count[group[pairs.item]]
-        swapped = order[(count.cumsum(0) - count)[group[pairs.item]] + draw]
-        return tuple(Samples(to_float(run.images[i]), run.tokens[i]) for i in (pairs.item, swapped))
+        order, count, own = group.argsort(stable=True), group.bincount(), group[pairs.item]
+        place = draw(2**62, len(own), generator) % count[own]
+        return contents(run, pairs.item), contents(run, order[(count.cumsum(0) - count)[own] + place])
     if variant == "unpersonalized":
         null = {m: torch.full_like(model.tokens_image[pairs.user], -1) for m in MODALITIES}
-        return tuple(Samples(*model.sample_pairs(prompt, null, generator)) for _ in range(2))
+        return tuple(Content(*model.sample_pairs(prompt, null, generator)) for _ in range(2))
     with contextlib.ExitStack() as stack:
-        if variant == "before_reward":
-            for m in MODALITIES:
-                stack.enter_context(table_as(getattr(model, m), run.tables[m]))
-        return tuple(Samples(*model.sample_pairs(prompt, model.user_tokens(u), generator)) for u in (pairs.user, pairs.other))
+        for m in MODALITIES if variant == "before_reward" else ():
+            stack.enter_context(table_as(getattr(model, m), run.tables[m]))
+        return tuple(Content(*model.sample_pairs(prompt, model.user_tokens(user), generator))
+                     for user in (pairs.user, pairs.other))
 
 
-def exact_measures(run: Run, pairs: Pairs, samples: Samples) -> dict[str, Tensor]:
-    """Stickers: what the referee and the grammar find, (B,) each; the names are explained in the README."""
-    read = run.modules["referee"].read(samples.images).cpu()                                # (B, 4)
-    text = torch.tensor([read_text(t) for t in run.model.tokenizer.decode_batch(samples.tokens)])      # (B, 3)
-    user, readable = pairs.user.cpu(), text[:, 0] >= 0
-    subject = torch.tensor([SUBJECTS.index(run.data.prompts[i][0]) for i in pairs.item.tolist()])
+def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
+    """Stickers: what the referee and the grammar find, (B,) each; the README's glossary says what each name means."""
+    read = in_batches(run.modules["referee"].read, content.images).cpu()                    # (B, 4)
+    text = torch.tensor([read_text(t) for t in run.model.tokenizer.decode_batch(content.tokens)])      # (B, 3)
+    subject, readable = torch.tensor([SUBJECTS.index(run.data.prompts[i][0]) for i in item.tolist()]), text[:, 0] >= 0
 
     def liking(attribute: str, value: Tensor) -> Tensor:
-        p = torch.from_numpy(run.world.tastes[attribute])[user]                             # (B, values)
+        p = torch.from_numpy(run.world.tastes[attribute])[user.cpu()]                       # (B, values)
         return p.gather(1, value.clamp(min=0)[:, None])[:, 0] / p.amax(1)
-    shown = {"image": dict(setting=read[:, 1], colour=read[:, 2], pattern=read[:, 3]),
-             "text": dict(setting=text[:, 1], tone=text[:, 2])}
-    utility = {m: torch.stack([liking(a, shown[m][a]) for a in SHOWS[m]]).mean(0) for m in MODALITIES}
+    shown = {"image": dict(zip(SEEN, read.T)), "text": dict(setting=text[:, 1], tone=text[:, 2])}
+    image, words = (torch.stack([liking(a, shown[m][a]) for a in SHOWS[m]]).mean(0) for m in MODALITIES)
     return {"prompt_image": read[:, 0] == subject, "prompt_text": text[:, 0] == subject,
-            "consistency": (read[:, 0] == text[:, 0]) & (read[:, 1] == text[:, 1]),
-            "utility_image": utility["image"], "utility_text": utility["text"] * readable, "grammatical": readable}
+            "consistency": (read[:, :2] == text[:, :2]).all(1), "utility_image": image, "utility_text": words * readable,
+            "grammatical": readable}
 
 
-def judge_scores(run: Run, pairs: Pairs, samples: Samples) -> dict[str, Tensor]:
-    """Any data: embeddings of image and text by the judge, and their cosine with the mean of what the user likes among the
-    held-out items (validation and test), which neither the generators nor the reward have seen the user like."""
-    judge = run.modules["judge"]
+def judge_likes(run: Run) -> dict[str, Tensor]:
+    """What each user likes in the judge's eyes (U, D): the mean of the held-out items (validation and test) that the user
+    liked, of which neither the generators nor the reward have learnt."""
     held = torch.cat([torch.stack(run.data.pairs(part)) for part in (VALID, TEST)], 1).to(run.device)
-    out = {"image": in_batches(judge.encode_image, samples.images), "text": in_batches(judge.encode_text, samples.tokens)}
-    items = {"image": in_batches(lambda i: judge.encode_image(to_float(run.images[i])), torch.arange(len(run.images))),
-             "text": in_batches(judge.encode_text, run.tokens)}
-    for m in MODALITIES:
-        likes = F.normalize(taste(items[m], *held, len(run.data.user_ids)), dim=1)[pairs.user]
-        out[f"liking_{m}"] = (out[m] * likes).sum(1)
-    return out
+    items = embed(run.modules["judge"], contents(run, torch.arange(len(run.images), device=run.device)))
+    return {m: taste(items[m], *held, len(run.data.user_ids)) for m in MODALITIES}
 
 
-def measures(run: Run, pairs: Pairs, own: Samples, other: Samples) -> dict[str, Tensor]:
+def measures(run: Run, pairs: Pairs, own: Content, other: Content) -> dict[str, Tensor]:
     """Every per-pair measure of a variant, (B,) each."""
-    found, judge = {}, run.modules["judge"]
+    found = {}
     if run.world:
-        found = exact_measures(run, pairs, own)
-        others = exact_measures(run, pairs, other)
+        found, others = (exact_measures(run, pairs.user, pairs.item, content) for content in (own, other))
         found |= {f"swap_{m}": swap_share(found[f"utility_{m}"], others[f"utility_{m}"]) for m in MODALITIES}
-    score, others = judge_scores(run, pairs, own), judge_scores(run, pairs, other)
-    found["judge_consistency"] = judge_consistency(score["image"], score["text"])
     prompts, index = torch.unique(run.prompt, dim=0, return_inverse=True)
-    for m in MODALITIES:
-        found[f"judge_swap_{m}"] = swap_share(score[f"liking_{m}"], others[f"liking_{m}"])
-        if len(prompts) > 1:
-            with torch.no_grad():
-                found[f"judge_prompt_{m}"] = judge_prompt(score[m], judge.encode_prompt(prompts), index[pairs.item])
-    known = set(run.data.texts[i] for i in run.seen.tolist())
+    likes = {m: x[pairs.user] for m, x in judge_likes(run).items()}
+    found |= judge_measures(run.modules["judge"], own, other, likes, prompts, index[pairs.item])
+    known = {run.data.texts[i] for i in run.seen.tolist()}
     found["copied"] = torch.tensor([t in known for t in run.model.tokenizer.decode_batch(own.tokens)])
     return {name: value.double().cpu() for name, value in found.items()}
 
 
-def watched(run: Run) -> dict[str, Tensor]:
-    """The measures on a few validation pairs, to see during the reward stage what the reward does to them."""
-    pairs = draw_pairs(run, VALID, 128)
-    own, other = make(run, "after_reward", pairs, run.generator("watched"))
-    return {n: v for n, v in measures(run, pairs, own, other).items() if n != "copied"}
-
-
-def frechet(run: Run, samples: Samples, user: Tensor) -> dict[str, float]:
-    """Frechet distance, in the judge's image features, to pictures that users liked in training; interval by the jackknife
-    over ten groups of users."""
-    judge = run.modules["judge"]
-    rows = torch.randint(len(run.liked[1]), (len(user),), generator=run.generator("frechet"), device=run.device)
-    real = in_batches(lambda i: judge.encode_image(to_float(run.images[i])), run.liked[1][rows])
-    made, group = in_batches(judge.encode_image, samples.images), user % 10
-    mean = frechet_distance(made, real)
-    without = torch.tensor([frechet_distance(made[group != g], real) for g in range(10)])
-    half = 2.262 * (0.9 * (without - without.mean()).square().sum()).sqrt().item()          # Student's t, 9 degrees
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
 def evaluate(run: Run) -> str:
-    """Fill metrics["generation"] with every variant's measures on the test part."""
-    pairs, table = draw_pairs(run, TEST, run.train.pairs), {}
+    """Every variant's measures on the test part, with intervals; what the tokens tell; people who were not in training."""
+    pairs, table, judge = draw_pairs(run, TEST, run.train.pairs), {}, run.modules["judge"]
+    liked = run.liked[1, draw(run.liked.shape[1], len(pairs.user), run.generator("frechet"))]
     for variant in VARIANTS:
         own, other = make(run, variant, pairs, run.generator("evaluation"))
         table[variant] = {n: interval(v, pairs.user) for n, v in measures(run, pairs, own, other).items()}
-        table[variant]["frechet_image"] = frechet(run, own, pairs.user)
+        features = [embed(judge, content)["image"] for content in (own, contents(run, liked))]
+        table[variant]["frechet_image"] = frechet_interval(*features, pairs.user % 10)
     run.metrics["generation"] = table
+    if run.world:
+        run.metrics["probe"] = probe(run)
+    run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
     return f"{name} {table['before_reward'][name]['mean']:.3f} before, {table['after_reward'][name]['mean']:.3f} after"
 
 
-# ---- report: one file with all that a person wants to look at ------------------------------------------------
+def probe(run: Run) -> dict[str, dict[str, float]]:
+    """Stickers: accuracy with which a linear probe finds each user's favourite value of an attribute in the image tokens, in the
+    text tokens, in the shares of the values among the user's training items, and the share of the commonest favourite."""
+    user, item = run.liked.cpu()
+    users, found = run.users.cpu(), {}
+    for k, (attribute, values) in enumerate(ATTRIBUTES.items()):
+        favourite = torch.from_numpy(run.world.tastes[attribute]).argmax(1)[users]
+        one_hot = F.one_hot(torch.from_numpy(run.world.items[:, k]), len(values)).double()
+        history = taste(one_hot, user, item, len(run.data.user_ids))[users]
+        inputs = {m: run.model.decode_tokens(m).cpu()[users] for m in MODALITIES} | {"history": history}
+        found[attribute] = {n: linear_probe(x, favourite, len(values)) for n, x in inputs.items()}
+        found[attribute]["commonest"] = favourite.bincount().max().item() / len(users)
+    return found
 
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+
+def evaluate_new_users(run: Run) -> dict[str, dict]:
+    """Users kept out of all training, folded in from their first k interactions: recall@20 and, on stickers, the utility of what
+    is generated for the prompts of their test items; beside the same for users in training."""
+    (user, item), test, model, found = run.new["history"], run.new["test"].to(run.device), run.model, {}
+    if not test.shape[1]:
+        return found
+    nth = torch.arange(len(user)) - torch.searchsorted(user, user)          # the user's n-th interaction; users ascend
+    with torch.no_grad():
+        rows = model.gnn(model.graph)
+
+    def utility(user: Tensor, item: Tensor, prefs: dict[str, Tensor]) -> dict[str, dict]:
+        content = Content(*model.sample_pairs(run.prompt[item], prefs, run.generator("new users")))
+        found = exact_measures(run, user, item, content)
+        return {n: interval(found[n], user) for n in ("utility_image", "utility_text", "consistency")}
+    for k in (1, 2, 5, 10, 20):
+        first = torch.stack([user[nth < k], item[nth < k]]).to(run.device)
+        p = model.fold_in_preferences(*first, len(run.data.user_ids))
+        found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first.cpu(), test.cpu())
+        if run.world:
+            found[str(k)] |= utility(*test, {m: model.quantizer[m].encode(p[m])[test[0]] for m in MODALITIES})
+    found["in training"] = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
+    if run.world:
+        pairs = draw_pairs(run, TEST, test.shape[1])
+        found["in training"] |= utility(pairs.user, pairs.item, model.user_tokens(pairs.user))
+    return found
+
+
+# ---- report: one file with all that a person wants to look at -------------------------------------------------------
+
+STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .6em;text-align:left;vertical-align:top}
 thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}small{color:#666}
-img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}
-figure{display:inline-block;width:10.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
-svg{margin:.3em}.grid td{padding:2px}.grid th{font-weight:normal;padding:2px 6px}section{border-top:1px solid #ddd;margin-top:1em}"""
-COLOURS_OF_CURVES = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777")
+img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}svg{margin:.3em}
+figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
+.grid td{padding:2px}.grid th{font-weight:normal;padding:2px 6px}section{border-top:1px solid #ddd;margin-top:1em}"""
+INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
 
 
 def picture(x: Tensor, text: str = "", note: str = "") -> str:
-    """<figure> of (3, H, W) in [-1, 1] with escaped words below."""
+    """<figure> of (3, H, W) in [-1, 1] with escaped words below; only <img> without words."""
     data = io.BytesIO()
     to_picture(x).save(data, "PNG")
     image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
-    caption = f"<figcaption>{html.escape(text)}{f'<br><small>{html.escape(note)}</small>' if note else ''}</figcaption>"
-    return f"<figure>{image}{caption}</figure>" if text or note else image
+    return f"<figure>{image}<figcaption>{html.escape(text)}<br><small>{html.escape(note)}</small></figcaption></figure>" if text else image
 
 
 def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """Inline SVG of several curves over steps, with their range and last values."""
-    points = [p for line in series.values() for p in line if math.isfinite(p[1])]
+    """Inline SVG of curves [(x, y)], with their range and last values; nothing for fewer than two points."""
+    points = [p for line in series.values() for p in line]
     if len(points) < 2:
         return ""
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    place = [(lambda p: (34 + 250 * (p[0] - x0) / ((x1 - x0) or 1), 120 - 100 * (p[1] - y0) / ((y1 - y0) or 1)))]
     lines = ""
     for n, (name, line) in enumerate(series.items()):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place[0], line))
-        colour = COLOURS_OF_CURVES[n % len(COLOURS_OF_CURVES)]
-        label = f"{name} {line[-1][1]:.3g}" if line else name
-        lines += (f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                  f'<text x="292" y="{26 + 15 * n}" fill="{colour}">{html.escape(label)}</text>')
-    return (f'<svg width="470" height="140" font-size="11"><text x="34" y="12" font-weight="bold">{html.escape(title)}</text>'
-            f'<path d="M34 20V120H284" stroke="#999" fill="none"/><text x="2" y="24">{y1:.3g}</text>'
-            f'<text x="2" y="120">{y0:.3g}</text><text x="34" y="134">{x0:g}</text><text x="262" y="134">{x1:g}</text>{lines}</svg>')
+        path = " ".join(f"{34 + 250 * (x - x0) / ((x1 - x0) or 1):.1f},{120 - 100 * (y - y0) / ((y1 - y0) or 1):.1f}" for x, y in line)
+        lines += (f'<polyline points="{path}" fill="none" stroke="{INKS[n % 6]}" stroke-width="1.5"/><text x="292" y="{26 + 15 * n}" '
+                  f'fill="{INKS[n % 6]}">{html.escape(name)} {line[-1][1]:.3g}</text>')
+    return (f'<svg width="500" height="140" font-size="11"><text x="34" y="12" font-weight="bold">{html.escape(title)}</text>'
+            f'<path d="M34 20V120H284" stroke="#999" fill="none"/><text x="0" y="24">{y1:.3g}</text><text x="0" y="120">{y0:.3g}</text>'
+            f'<text x="34" y="134">{x0:.3g}</text><text x="262" y="134">{x1:.3g}</text>{lines}</svg>')
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence], kind: str = "") -> str:
-    """<table>; numbers to the right, strings that begin with "<" taken as HTML, all others escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """<table>, all escaped; numbers to the right, intervals {"mean", "low", "high"} in brackets."""
     def cell(v):
-        if isinstance(v, float):
-            return f'<td class="n">{v:.3f}</td>'
-        return f"<td>{v}</td>" if str(v).startswith("<") else f"<td>{html.escape(str(v))}</td>"
-    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    names = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    return f'<table class="{kind}"><thead><tr>{names}</tr></thead>{body}</table>'
+        if isinstance(v, dict):
+            v = f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+        return f'<td class="n">{v:.3f}</td>' if isinstance(v, float) else f"<td>{html.escape(str(v))}</td>"
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr></thead>{body}</table>"
 
 
 def report_numbers(run: Run) -> str:
     """The tables of metrics.json."""
-    variants, m = run.metrics["generation"], run.metrics
-    rows = [[name, *(f"{v[name]['mean']:.3f}  [{v[name]['low']:.3f}, {v[name]['high']:.3f}]" for v in variants.values())]
-            for name in variants["real"]]
-    books = [[f"{k}, level {n + 1}", h["usage"][n], h["perplexity"][n], h["explained"], h["collision_rate"]]
-             for k, h in m["codebook"].items() for n in range(len(h["usage"]))]
-    times = [[stage, wall, cpu] for stage, (wall, cpu) in run.seconds.items()]
-    return ("<h2>What was measured</h2><p>On the test part; 95 % intervals in brackets.</p>"
-            + table(["", *variants], rows) + table(["stage 1, test part", ""], list(m["stage1"].items()))
-            + table(["codebook", "usage", "perplexity", "explained", "collisions"], books)
-            + table(["stage", "seconds", "CPU seconds"], times))
+    m, variants = run.metrics, run.metrics["generation"]
+    body = "<h2>What was measured</h2><p>On the test part; 95 % intervals in brackets.</p>"
+    body += table(["", *variants], [[name, *(v[name] for v in variants.values())] for name in variants["real"]])
+    body += table(["stage 1, test part", ""], list(m["stage1"].items()))
+    body += table(["codebook", "level", "usage", "perplexity", "explained", "collisions"],
+                  [[k, str(n + 1), h["usage"][n], h["perplexity"][n], h["explained"], h["collision_rate"]]
+                   for k, h in m["codebook"].items() for n in range(len(h["usage"]))])
+    for title, rows in (("favourite found by a linear probe in", m.get("probe")), ("new users, history of", m["new_users"])):
+        if rows:
+            heads = list(next(iter(rows.values())))
+            body += table([title, *heads], [[name, *(row[h] for h in heads)] for name, row in rows.items()])
+    return body + table(["stage", "seconds", "CPU seconds"], [[s, *t] for s, t in run.seconds.items()])
 
 
 def report_curves(run: Run) -> str:
-    """Losses of the stages, and reward and measures over the rounds."""
-    lines: dict[tuple[str, str], list] = {}
+    """Reward and measures over the rounds, and the losses of the stages."""
+    lines: dict[str, dict[str, list]] = {}
     for stage, step, name, value in run.log:
-        lines.setdefault((stage, name), []).append((step, value))
-    losses = "".join(curves(stage, {n: v for (s, n), v in lines.items() if s == stage and n.startswith("loss")})
-                     for stage in STAGES if stage != "reward")
-    reward = {n: v for (s, n), v in lines.items() if s == "reward"}
-    names = [["consistency", "valid_judge_consistency", "valid_consistency"], ["s_image", "s_text"], ["kl_image", "kl_text"],
-             [f"valid_{k}" for k in ("utility_image", "utility_text", "prompt_image", "prompt_text")],
-             [f"valid_judge_{k}" for k in ("swap_image", "swap_text", "prompt_image", "prompt_text")]]
-    over = "".join(curves("over the rounds of the reward", {n: reward[n] for n in group if n in reward}) for group in names)
-    return f"<h2>Reward</h2>{over}<h2>Losses</h2>{losses}"
+        lines.setdefault(stage, {}).setdefault(name, []).append((step, value))
+    reward, body = lines.pop("reward", {}), "<h2>Reward</h2>"
+    for names in (("consistency", "valid_judge_consistency", "valid_consistency"), ("s_image", "s_text"), ("kl_image", "kl_text"),
+                  [f"valid_{k}_{m}" for k in ("utility", "prompt") for m in MODALITIES],
+                  [f"valid_judge_{k}_{m}" for k in ("swap", "prompt") for m in MODALITIES]):
+        body += curves("over the rounds of the reward", {n: reward[n] for n in names if n in reward})
+    return body + "<h2>Losses</h2>" + "".join(curves(stage, of) for stage, of in lines.items())
 
 
-def shown_prompts(run: Run, n: int) -> list[int]:
-    """Items that stand for the n commonest prompts."""
-    _, group = torch.unique(run.prompt, dim=0, return_inverse=True)
-    common = group.bincount().argsort(descending=True, stable=True)[:n]
-    return [int((group == g).nonzero()[0]) for g in common]
+def report_codes(run: Run) -> str:
+    """What each code of the first level means: the words and values that its users like most above average."""
+    names = [f"{a} {v}" for a, values in ATTRIBUTES.items() for v in values] if run.world else None
+    if names:
+        traits = torch.cat([F.one_hot(torch.from_numpy(run.world.items[:, k]), len(v)) for k, v in enumerate(ATTRIBUTES.values())], 1)
+    else:
+        words = [set(re.findall(r"\w+", f"{text} {' '.join(p)}".casefold())) for text, p in zip(run.data.texts, run.data.prompts)]
+        names = sorted(w for w in set().union(*words) if sum(w in has for has in words) >= max(5, len(words) // 200))
+        traits = torch.tensor([[w in has for w in names] for has in words])
+    users, rows = run.users.cpu(), []
+    shares = taste(traits.double(), *run.liked.cpu(), len(run.data.user_ids))[users]                    # (U, W)
+    for m in MODALITIES:
+        lift = code_lift(getattr(run.model, f"tokens_{m}").cpu()[users, 0], shares, run.cfg.vq.codes)   # (K, W)
+        for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):
+            rows.append([m, str(code), ", ".join(f"{names[i]} (+{v:.1f})" for v, i in zip(value, place.tolist()) if v > 1)])
+    return ("<h2>What each code means</h2><p>First level: what its users like above average, in standard errors.</p><details>"
+            f"<summary>{len(rows)} codes</summary>{table(['modality', 'code', 'liked above average'], rows)}</details>")
+
+
+def shown_prompts(run: Run, n: int) -> Tensor:
+    """An item for each of the n commonest prompts."""
+    group = torch.unique(run.prompt, dim=0, return_inverse=True)[1]
+    common = group.bincount().argsort(descending=True, stable=True)[:n].tolist()
+    return torch.tensor([int((group == g).nonzero()[0]) for g in common], device=run.device)
 
 
 def report_grid(run: Run, users: Tensor) -> str:
-    """8 users x 8 prompts: the taste down... a row is a user, a column a prompt."""
-    items = torch.tensor(shown_prompts(run, 8), device=run.device)
-    pairs = Pairs(users.repeat_interleave(len(items)), items.repeat(len(users)), users.repeat_interleave(len(items)))
-    own, _ = make(run, "after_reward", pairs, run.generator("grid"))
+    """8 users x 8 prompts: one sees the taste along a row and the prompt down a column."""
+    items = shown_prompts(run, 8)
+    who = users.repeat_interleave(len(items))
+    own, _ = make(run, "after_reward", Pairs(who, items.repeat(len(users)), who), run.generator("grid"))
     texts = run.model.tokenizer.decode_batch(own.tokens)
     cells = [f'<td title="{html.escape(text)}">{picture(x)}</td>' for x, text in zip(own.images, texts)]
     rows = "".join(f"<tr><th>{html.escape(run.data.user_ids[u])}</th>{''.join(cells[k * len(items):(k + 1) * len(items)])}</tr>"
@@ -868,205 +900,242 @@ def report_grid(run: Run, users: Tensor) -> str:
 
 def report_user(run: Run, user: int) -> str:
     """History, tokens, and what was generated before and after the reward, with the reward's parts."""
-    model, data = run.model, run.data
-    items = run.liked[1][run.liked[0] == user][:8].tolist()
-    history = "".join(picture(to_float(data.images[i]), data.texts[i]) for i in items)
+    model, data, prompts = run.model, run.data, shown_prompts(run, 3)
+    history = "".join(picture(to_float(data.images[i]), data.texts[i]) for i in run.liked[1, run.liked[0] == user][:8].tolist())
     tokens = "; ".join(f"{m} {' '.join(map(str, getattr(model, f'tokens_{m}')[user].tolist()))}" for m in MODALITIES)
-    prompts = torch.tensor(shown_prompts(run, 3), device=run.device)
-    who, made = torch.full_like(prompts, user), {}
+    who, made = torch.full_like(prompts, user), []
     for variant in ("before_reward", "after_reward"):
         own, _ = make(run, variant, Pairs(who, prompts, who), run.generator(f"report {user}"))
         with torch.no_grad():
-            cos = (model.scorer.encode_image(own.images) * model.scorer.encode_text(own.tokens)).sum(1)
+            emb = embed(model.scorer, own)
             likes = [model.score("image", model.preference_image[who], model.autoencoder.encode(own.images)),
                      model.score("text", model.preference_text[who], own.tokens)]
-        notes = [f"cos {c:.2f}, s image {a:.2f}, s text {b:.2f}" for c, a, b in zip(cos, *likes)]
-        made[variant] = "".join(map(picture, own.images, model.tokenizer.decode_batch(own.tokens), notes))
-    return (f"<section><h3>User {html.escape(data.user_ids[user])}</h3><p>Preference tokens: {tokens}</p><p>Likes:</p>{history}"
-            f"<p>Before the reward:</p>{made['before_reward']}<p>After:</p>{made['after_reward']}</section>")
+        parts = zip((emb["image"] * emb["text"]).sum(1), *likes)
+        notes = [f"cos {c:.2f}, s image {a:.2f}, s text {b:.2f}" for c, a, b in parts]
+        made.append("".join(map(picture, own.images, model.tokenizer.decode_batch(own.tokens), notes)))
+    return (f"<section><h3>User {html.escape(data.user_ids[user])}</h3><p>Preference tokens: {tokens}. Likes:</p>{history}"
+            f"<p>Made before the reward:</p>{made[0]}<p>And after:</p>{made[1]}</section>")
 
 
 def write_report(run: Run):
     """report.html: self-contained; every word from the data is escaped."""
     candidates = run.data.pairs(TEST)[0].unique()
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(run.cfg.method.seed))
-    users = candidates[order[:12]].to(run.device)
-    body = (f"<h1>DPPMG on {html.escape(run.data.name)}</h1><p>seed {run.cfg.method.seed}, {run.device}, "
-            f"{len(run.data.user_ids):,} users, {len(run.data.item_ids):,} items</p>" + report_grid(run, users[:8])
-            + report_numbers(run) + report_curves(run) + "<h2>A dozen users</h2>"
-            + "".join(report_user(run, u) for u in users.tolist()))
-    with replacing(run.out / "report.html") as path:
-        path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>DPPMG on {html.escape(run.data.name)}</title>"
-                        f"<style>{STYLE}</style><body>{body}</body></html>", encoding="utf-8")
+    users, name = candidates[order[:12]].to(run.device), html.escape(run.data.name)
+    body = (f"<h1>DPPMG on {name}</h1><p>seed {run.cfg.method.seed}, {run.device}, {len(run.data.user_ids):,} users, "
+            f"{len(run.data.item_ids):,} items</p>" + report_grid(run, users[:8]) + report_numbers(run) + report_curves(run)
+            + report_codes(run) + "<h2>A dozen users</h2>" + "".join(report_user(run, u) for u in users.tolist()))
+    write_page(run.out / "report.html", f"DPPMG on {name}", body)
 
 
-# ---- command line ------------------------------------------------------------------------------------------
+def write_page(path: Path, title: str, body: str):
+    """An HTML page without any reference to another file."""
+    with replacing(path) as temporary:
+        temporary.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+                             f"<body>{body}</body></html>", encoding="utf-8")
+
+
+# ---- running the stages ---------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Callable[[Run], str]] = {
     "autoencoder": train_autoencoder, "features": fit_features, "gnn": train_gnn, "codebook": train_codebook,
     "text": train_text, "image": train_image, "scorer": train_scorer, "judge": train_scorer, "referee": train_referee,
     "reward": train_reward, "evaluation": evaluate}
 
-SMOKE = {"train": dict(items=160, users=40, interactions=12, referee_pictures=256, referee_steps=20, pairs=40),
-         "gnn": dict(steps=30, batch=256), "vq": dict(steps=30, codes=8, levels=2, batch=32), "text": dict(
-             steps=20, layers=2, width=32, heads=2, vocab_size=320), "image": dict(
-             steps=20, ae_steps=20, ae_width=16, width=16, batch=16, sampling_steps=4),
-         "reward": dict(scorer_steps=20, scorer_width=8, scorer_batch=32, rounds=4, groups=4, images=4, texts=4,
-                        diffusion_steps=4, grad_steps=2, log_every=2),
-         "method": dict(image_features=16, text_features=16)}
 
-
-def settings(parts: dict[str, type]) -> list[tuple[str, str, dataclasses.Field, str]]:
-    """(group, name, field, help) of every setting; the help is the comment behind the field in the source."""
-    import inspect
-    found = []
-    for group, part in parts.items():
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.MULTILINE))
-        found += [(group, field.name, field, comments.get(field.name, "")) for field in fields(part)]
-    return found
-
-
-PARTS = {f.name: type(f.default) for f in fields(Config)} | {"train": TrainConfig}
-
-
-def flag_of(group: str, name: str) -> str:
-    """--gnn-dim for gnn.dim; the settings of the method and of training need no prefix."""
-    return "--" + "-".join([*([] if group in ("method", "train") else [group]), name]).replace("_", "-")
-
-
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:
-    """Arguments, and the settings that were given: group -> name -> value."""
-    parser = OneLineParser(prog="train.py", description="Train DPPMG, evaluate it, report.", allow_abbrev=False)
-    parser.add_argument("--data", help="data folder (the format: python -c 'import dppmg; help(dppmg)'); none: stickers")
-    parser.add_argument("--out", help="folder of the run (runs/NAME, the first that is free)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest unfinished one")
-    parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
-    parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--width", type=int, help="shorthand: --text-width and --image-width")
-    parser.add_argument("--layers", type=int, help="shorthand: --text-layers and --image-layers")
-    groups = {name: parser.add_argument_group(name) for name in PARTS}
-    for group, name, field, text in settings(PARTS):
-        groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}", type=type(field.default), metavar="N",
-                                   help=f"{text} ({field.default})".replace("%", "%%"))
-    args = parser.parse_args(argv)
-    given: dict[str, dict] = {group: {} for group in PARTS}
-    for key, value in vars(args).items():
-        if "." in key and value is not None:
-            given[key.split(".")[0]][key.split(".")[1]] = value
-        elif key in ("width", "layers") and value is not None:
-            for group in MODALITIES:
-                given[group].setdefault(key, value)
-    args.parser = parser
-    return args, given
-
-
-def build_settings(given: dict[str, dict], smoke: bool) -> tuple[Config, TrainConfig]:
-    """The dataclasses with the given settings. Raises ValueError as they do."""
-    parts = {}
-    for group, part in PARTS.items():
-        parts[group] = part(**((SMOKE.get(group, {}) if smoke else {}) | given[group]))
-    train = parts.pop("train")
-    return Config(**parts), train
-
-
-def free_folder(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on: the first that does not exist."""
-    path, n = Path("runs") / name, 1
-    while path.exists():
-        n += 1
-        path = Path("runs") / f"{name}-{n}"
-    return path
-
-
-def fingerprint(data: Dataset) -> str:
-    """Digest of all that training reads from the data."""
-    digest = hashlib.sha256(repr((data.user_ids, data.item_ids, data.texts, data.prompts)).encode())
-    for x in (data.user, data.item, data.part, data.images):
-        digest.update(x.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
-    """A new run, or the unfinished one that is to go on. Raises ValueError or OSError where neither is possible."""
-    out = Path(args.out) if args.out else None
-    if args.resume and out is None:
-        unfinished = [p.parent for p in Path("runs").glob("*/config.json") if not (p.parent / "metrics.json").exists()]
-        if not unfinished:
-            raise ValueError("--resume: no unfinished run in runs/; name one with --out")
-        out = max(unfinished, key=lambda path: (path / "config.json").stat().st_mtime)
-    cfg, train = build_settings(given, args.smoke)
-    asked = {"data": os.path.abspath(args.data) if args.data else None, "config": asdict(cfg), "train": asdict(train)}
-    if out and (out / "config.json").exists():
-        asked = check_same(out, asked, args, given)
-        cfg, train = Config.from_dict(asked["config"]), TrainConfig(**asked["train"])
-    elif args.resume:
-        raise ValueError(f"--resume: {out} holds no run (no config.json)")
-    elif out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not a run; choose another")
-    world = None if asked["data"] else sticker_world(train, cfg.method.seed)
-    if asked["data"]:
-        data = Dataset.load(asked["data"], cfg.image.size, cfg.method.seed)
-        out = out or free_folder(data.name)
-    else:
-        out = out or free_folder("smoke" if args.smoke else "stickers")
-        write_stickers(out / "stickers", world, cfg.method.seed)
-        data = Dataset.load(out / "stickers", cfg.image.size, cfg.method.seed)
-    asked["fingerprint"] = asked.get("fingerprint", fingerprint(data))
-    if asked["fingerprint"] != fingerprint(data):
-        raise ValueError(f"{out}: the data has changed since this run began; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "config.json") as path:
-        path.write_text(json.dumps(asked, indent=1))
-    return Run(cfg, train, data, world, out, pick_device(args.device))
-
-
-def check_same(out: Path, asked: dict, args: argparse.Namespace, given: dict[str, dict]) -> dict:
-    """The settings of the run in `out`, if they are those asked for (all, or those given along with --resume)."""
-    try:
-        there = json.loads((out / "config.json").read_text())
-        differ = [flag_of(g, n) for g in PARTS for n, value in (there["train"] if g == "train" else there["config"][g]).items()
-                  if (n in given[g] or not args.resume) and value != (asked["train"] if g == "train" else asked["config"][g])[n]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{out}/config.json: not the settings of a run ({type(error).__name__}); choose another --out") from None
-    if there["data"] != asked["data"] and (args.data or not args.resume):
-        differ.insert(0, "--data")
-    if differ:
-        raise ValueError(f"--out {out}: holds a run with other settings ({', '.join(differ[:5])}); choose another --out")
-    if (out / "metrics.json").exists():
-        raise ValueError(f"--out {out}: this run is finished; choose another --out")
-    return there
-
-
-def train_all(run: Run):
-    """All stages that are not done yet, then the report. A line and a checkpoint at the end of each."""
-    say = tqdm.write
-    for notice in run.data.notices + ([f"{run.n_cut} texts cut to {run.cfg.text.context} tokens"] if run.n_cut else []):
-        say(f"note: {notice}")
-    for stage, train_stage in STAGES.items():
+def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
+    """All of the stages that are not done yet. A line and a checkpoint at the end of each."""
+    for stage in stages:
         if stage in run.done:
             continue
         if run.stage != stage:
             run.stage, run.step, run.optimizer_state = stage, 0, None
         with run.timed(stage):
-            merit = train_stage(run)
+            merit = STAGES[stage](run)
             run.done.append(stage)
-        say(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
+        tqdm.write(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
         run.save()
+
+
+def finish(run: Run):
+    """Report and metrics.json: with the latter a run is finished."""
     with run.timed("report"):
         write_report(run)
-    write_metrics(run)
-    say(f"{'total':12} {sum(wall for wall, _ in run.seconds.values()):7.1f} s   {run.out}/report.html")
-
-
-def write_metrics(run: Run):
-    """metrics.json: what DESIGN.md's section on runs lists."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    times = [{s: round(t[k], 2) for s, t in run.seconds.items()} for k in (0, 1)]
-    head = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device), "threads":
-            torch.get_num_threads(), "seconds": times[0] | {"total": round(sum(times[0].values()), 2)},
-            "cpu_seconds": times[1] | {"total": round(sum(times[1].values()), 2)}, "peak_memory_mb": round(peak)}
+    wall, cpu = ({stage: round(t[k], 2) for stage, t in run.seconds.items()} for k in (0, 1))
+    found = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device), "threads": torch.get_num_threads(),
+             "seconds": wall | {"total": round(sum(wall.values()), 2)}, "peak_memory_mb": round(peak),
+             "cpu_seconds": cpu | {"total": round(sum(cpu.values()), 2)}} | run.metrics
     with replacing(run.out / "metrics.json") as path:
-        path.write_text(json.dumps(head | run.metrics, indent=1))
+        path.write_text(json.dumps(found, indent=1))
+    tqdm.write(f"{'total':12} {found['seconds']['total']:7.1f} s   {run.out / 'report.html'}")
+
+
+# ---- studies: runs that differ in one thing and share the stages before it ------------------------------------------
+
+SHARED = {"pareto": ("autoencoder", "features", "gnn", "codebook", "text", "image", "scorer", "judge", "referee"),
+          "bits": ("autoencoder", "features", "gnn", "scorer", "judge", "referee")}
+RATIOS = ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (1.0, 0.0))            # lambda_p : lambda_c
+BITS = ((1, 32), (2, 32), (3, 32), (4, 32), (4, 64))                                        # levels, codes
+
+
+def fork(run: Run, cfg: Config, out: Path, name: str) -> Run:
+    """A run with other settings that starts with the stages which `name` shares; every tensor that fits is taken over."""
+    new = Run(cfg, dataclasses.replace(run.train, new_users=0), run.data, run.world, out, run.device)
+    new.out.mkdir(exist_ok=True)
+    mine, theirs = new.modules.state_dict(), run.modules.state_dict()
+    new.modules.load_state_dict({k: theirs[k] if theirs[k].shape == v.shape else v for k, v in mine.items()})
+    new.done, new.metrics, new.new = list(SHARED[name]), copy.deepcopy(run.metrics), run.new
+    new.restore(out / "checkpoint.pt")
+    return new
+
+
+def study_rows(run: Run, name: str):
+    """Yields the label and the forked, not yet trained run of each row, and the stages that it still needs."""
+    cfg = run.cfg
+    if name == "pareto":
+        for p, c in RATIOS:
+            reward = dataclasses.replace(cfg.reward, lambda_p=p, lambda_c=c)
+            yield (f"{p:g} : {c:g}", fork(run, dataclasses.replace(cfg, reward=reward), run.out / f"ratio-{p:g}-{c:g}", name),
+                   ("reward", "evaluation"))
+        return
+    for levels, codes in BITS:
+        vq = dataclasses.replace(cfg.vq, levels=levels, codes=codes)
+        yield (f"{levels} x {math.log2(codes):g} = {levels * math.log2(codes):g}",
+               fork(run, dataclasses.replace(cfg, vq=vq), run.out / f"bits-{levels}-{codes}", name), ("codebook", "text", "image"))
+    vq = dataclasses.replace(cfg.vq, levels=1, codes=len(run.data.user_ids))
+    raw = fork(run, dataclasses.replace(cfg, vq=vq), run.out / "raw", name)
+    raw.model.use_raw_preferences()
+    yield f"raw vector: {32 * cfg.gnn.dim}", raw, ("text", "image")
+
+
+def run_study(run: Run, name: str):
+    """Train what the rows share, then each row; study.json and study.html: a table and a curve of the trade-off."""
+    train_all(run, SHARED[name])
+    rows = []
+    for label, row, stages in study_rows(run, name):
+        tqdm.write(f"-- {name}: {label}")
+        train_all(row, stages)
+        pairs = draw_pairs(row, TEST, row.train.pairs)
+        found = measures(row, pairs, *make(row, "after_reward", pairs, row.generator("evaluation")))
+        rows.append({"row": label, "recall@20": row.metrics["stage1"]["recall@20"]} | (
+            {"recall@20_quantized": row.metrics["stage1"].get("recall@20_quantized", math.nan)} if "codebook" in stages else {})
+            | {n: interval(v, pairs.user) for n, v in found.items()})
+    kind = "" if run.world else "judge_"
+    what = [f"{kind}{'utility' if run.world else 'swap'}_{m}" for m in MODALITIES]
+    keys = ["row", "recall@20", "recall@20_quantized", *what, f"{kind}consistency", f"{kind}prompt_image", f"{kind}prompt_text"]
+    cells = [[row.get(k, row["recall@20"]) for k in keys] for row in rows]
+    across = [row[keys[5]]["mean"] if name == "pareto" else n for n, row in enumerate(rows)]
+    lines = {w: sorted(zip(across, (row[w]["mean"] for row in rows))) for w in what}
+    with replacing(run.out / "study.json") as path:
+        path.write_text(json.dumps(rows, indent=1))
+    title = f"Study {name} on {html.escape(run.data.name)}, seed {run.cfg.method.seed}"
+    axis = f"over {keys[5]}" if name == "pareto" else "over the rows of the table"
+    write_page(run.out / "study.html", title, f"<h1>{title}</h1>" + table(keys, cells) + curves(axis, lines))
+    tqdm.write("\n".join("  ".join(f"{c['mean']:.3f}" if isinstance(c, dict) else str(c)[:22] for c in row) for row in [keys, *cells]))
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+PARTS = {f.name: type(f.default) for f in dataclasses.fields(Config)} | {"train": TrainConfig}
+SMOKE = {"train": dict(items=160, users=40, interactions=12, referee_pictures=256, referee_steps=20, pairs=40, new_users=0.1),
+         "gnn": dict(steps=30, batch=256), "vq": dict(steps=30, codes=8, levels=2, batch=32),
+         "text": dict(steps=20, layers=2, width=32, heads=2, vocab_size=320),
+         "image": dict(steps=20, ae_steps=20, ae_width=16, width=16, batch=16, sampling_steps=4),
+         "reward": dict(scorer_steps=20, scorer_width=8, scorer_batch=32, rounds=4, groups=4, images=4, texts=4,
+                        diffusion_steps=4, grad_steps=2, log_every=2), "method": dict(image_features=16, text_features=16)}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:
+    """Arguments, and the settings that were given: group -> name -> value."""
+    parser = OneLineParser(prog="train.py", description="Train DPPMG, evaluate it, report.", allow_abbrev=False)
+    parser.add_argument("--data", help="data folder, in the format that dppmg.py describes; none: stickers")
+    parser.add_argument("--out", help="folder of the run (runs/NAME, the first that is free)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest unfinished one")
+    parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
+    parser.add_argument("--study", choices=SHARED, help="several runs side by side: pareto (reward weights), bits (codebook sizes)")
+    parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    parser.add_argument("--width", type=int, help="shorthand for --text-width and --image-width")
+    parser.add_argument("--layers", type=int, help="shorthand for --text-layers and --image-layers")
+    groups = {name: parser.add_argument_group(name) for name in PARTS}
+    for group, name, field, text in settings(PARTS):
+        groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}", type=type(field.default), metavar="N",
+                                   help=f"{text} ({field.default})".replace("%", "%%"))
+    args, given = parser.parse_args(argv), {group: {} for group in PARTS}
+    for key, value in vars(args).items():
+        if "." in key and value is not None:
+            given[key.split(".")[0]][key.split(".")[1]] = value
+    for key in ("width", "layers"):
+        if getattr(args, key) is not None:
+            for m in MODALITIES:
+                given[m].setdefault(key, getattr(args, key))
+    return args, given
+
+
+def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
+    """A new run, or the unfinished one that is to go on. Raises ValueError or OSError where neither is possible."""
+    parts = {group: part(**((SMOKE.get(group, {}) if args.smoke else {}) | given[group])) for group, part in PARTS.items()}
+    asked = {"data": os.path.abspath(args.data) if args.data else None, "study": args.study,
+             "settings": {name: asdict(part) for name, part in parts.items()}}
+    out = find_out(args)
+    if out and (out / "config.json").exists():
+        asked = same_settings(out, asked, args, given)
+        parts = {name: part(**asked["settings"][name]) for name, part in PARTS.items()}
+    train, device = parts.pop("train"), pick_device(args.device)
+    cfg, folder, world = Config(**parts), asked["data"], None
+    seed, size = cfg.method.seed, cfg.image.size
+    if folder is None:
+        world, out = sticker_world(train, seed), out or free_folder("smoke" if args.smoke else "stickers")
+        folder = out / "stickers"
+        if not (folder / "interactions.csv").exists():
+            write_stickers(folder, world, seed)
+    data = Dataset.load(folder, size, seed)
+    out = out or free_folder(data.name)
+    if asked.setdefault("fingerprint", data.fingerprint()) != data.fingerprint():
+        raise ValueError(f"{out}: the data has changed since this run began; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "config.json") as path:
+        path.write_text(json.dumps(asked, indent=1))
+    args.study = asked["study"]
+    return Run(cfg, train, data, world, out, device)
+
+
+def find_out(args: argparse.Namespace) -> Path | None:
+    """The folder that was asked for, or that --resume means; None: a new one. Raises ValueError where it cannot serve."""
+    out = Path(args.out) if args.out else None
+    if args.resume and out is None:
+        begun = [p for p in Path("runs").glob("*/config.json") if not (p.parent / "metrics.json").exists()]
+        if not begun:
+            raise ValueError("--resume: no unfinished run in runs/; name one with --out")
+        out = max(begun, key=lambda path: path.stat().st_mtime).parent
+    if out and not (out / "config.json").exists():
+        if args.resume:
+            raise ValueError(f"--resume: {out} holds no run (no config.json)")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: exists and is not a run; choose another")
+    elif out and (out / "metrics.json").exists():
+        raise ValueError(f"--out {out}: this run is finished; choose another")
+    return out
+
+
+def same_settings(out: Path, asked: dict, args: argparse.Namespace, given: dict[str, dict]) -> dict:
+    """What the run in `out` was begun with; ValueError unless that is what is asked for (with --resume: of what is given)."""
+    try:
+        there = json.loads((out / "config.json").read_text())
+        differ = [flag_of(g, n) for g, part in asked["settings"].items() for n, value in part.items()
+                  if (n in given[g] or not args.resume) and there["settings"][g][n] != value]
+        differ += [f"--{n}" for n in ("data", "study") if (getattr(args, n) or not args.resume) and there[n] != asked[n]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{out}/config.json: not the settings of a run ({type(error).__name__}); choose another --out") from None
+    if differ:
+        raise ValueError(f"--out {out}: holds a run with other settings ({', '.join(differ[:5])}); choose another --out")
+    return there
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on: the first that does not exist."""
+    paths = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
+    return next(path for path in paths if not path.exists())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1081,22 +1150,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, interrupt)
     try:
-        with contextlib.nullcontext():
-            started = (time.perf_counter(), time.process_time())
-            run = open_run(args, given)
-            run.restore()
-            spent = run.seconds.setdefault("data", [0.0, 0.0])
-            spent[0] += time.perf_counter() - started[0]
-            spent[1] += time.process_time() - started[1]
-        train_all(run)
+        wall, cpu = time.perf_counter(), time.process_time()
+        run = open_run(args, given)
+        run.seconds["data"] = [time.perf_counter() - wall, time.process_time() - cpu]
+        run.restore(run.out / "checkpoint.pt")
+        for notice in run.data.notices + [f"{run.n_cut} texts cut to {run.cfg.text.context} tokens"] * (run.n_cut > 0):
+            tqdm.write(f"note: {notice}")
+        if args.study:
+            run_study(run, args.study)
+        else:
+            train_all(run)
+            finish(run)
     except KeyboardInterrupt:
         print(f"interrupted; go on with: python train.py --resume --out {run.out}" if run else "interrupted", file=sys.stderr)
         return 130
-    except Diverged as error:
+    except (Diverged, ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        args.parser.error(str(error))
+        return 1 if isinstance(error, Diverged) else 2
     return 0
 
 

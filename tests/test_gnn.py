@@ -1,0 +1,569 @@
+"""gnn.py against dense matrices, loops and planted tastes. U = 6 users, I = 8 items in most; user 4 likes nothing,
+user 5 everything, item 7 is liked by user 5 alone."""
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import gnn  # noqa: E402
+from gnn import GNNConfig, ModalGNN, build_graph, ranking_metrics  # noqa: E402
+
+PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 6)]
+PAIRS += [(5, i) for i in range(8)]                 # (0, 1) is there twice
+U, I = 6, 8
+LASTFM = Path(__file__).parents[2] / "shared" / "data" / "lastfm"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def graph():
+    return build_graph(*torch.tensor(PAIRS).T, U, I)
+
+
+def dense(graph):
+    """(N, N) float64 matrix of a graph, entry by entry."""
+    matrix = torch.zeros(len(graph.row_ptr) - 1, len(graph.row_ptr) - 1, dtype=torch.float64)
+    for n in range(len(matrix)):
+        for e in range(graph.row_ptr[n], graph.row_ptr[n + 1]):
+            matrix[n, graph.col[e]] += graph.weight[e].double()
+    return matrix
+
+
+def liked(user):
+    return sorted({i for u, i in PAIRS if u == user})
+
+
+# ---------------------------------------------------------------- config
+
+@pytest.mark.parametrize("bad", [dict(dim=0), dict(layers=0), dict(lr=-1.0), dict(lr=math.nan), dict(l2=math.inf),
+                                 dict(batch=0), dict(candidates=0), dict(steps=-1)])
+def test_config_names_the_bad_field(bad):
+    (name, value), = bad.items()
+    with pytest.raises(ValueError, match=rf"GNNConfig\.{name}={value}: need a finite number >= "):
+        GNNConfig(**bad)
+
+
+# ---------------------------------------------------------------- graph and product
+
+def test_graph_is_the_normalized_adjacency(graph):
+    adj = torch.zeros(U + I, U + I, dtype=torch.float64)
+    for u, i in PAIRS:
+        adj[u, U + i] = adj[U + i, u] = 1           # repeated pairs count once
+    scale = adj.sum(1).clamp(min=1).rsqrt()
+    assert_close(dense(graph), scale[:, None] * adj * scale, rtol=1e-6, atol=1e-6)
+    assert graph.active.tolist() == [0, 1, 2, 3]    # user 4 likes nothing, user 5 everything
+    for n in range(U + I):
+        row = graph.col[graph.row_ptr[n]:graph.row_ptr[n + 1]].tolist()
+        assert row == sorted(row)
+
+
+def test_graph_without_interactions_propagates_nothing():
+    none = torch.empty(0, dtype=torch.int64)
+    empty = build_graph(none, none, 3, 2)
+    x = normal(5, 2)
+    assert_close(gnn.spmm(empty, x), torch.zeros_like(x))
+    assert_close(gnn.propagate(empty, x, 1), x / 2)
+
+
+@pytest.mark.parametrize("user, item, message", [
+    ([0, 6], [0, 0], r"user ids lie in \[0, 6\]; need 0 <= id < 6"), ([0, -1], [0, 0], r"user ids lie in \[-1, 0\]"),
+    ([0, 1], [0, 8], r"item ids lie in \[0, 8\]; need 0 <= id < 8"), ([0, 1], [0, -2], r"item ids lie in \[-2, 0\]"),
+    ([0, 1], [0], r"user is \(2,\) but item is \(1,\)"), ([[0]], [[0]], r"need \(E,\) and \(E,\)")])
+def test_graph_rejects_ids_out_of_range(user, item, message):
+    with pytest.raises(ValueError, match=message):
+        build_graph(torch.tensor(user), torch.tensor(item), U, I)
+
+
+@pytest.mark.parametrize("matrix", [[[0.0, 1.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+def test_symmetric_csr_rejects_what_differs_from_its_transpose(matrix):
+    with pytest.raises(ValueError, match="differs from its transpose"):
+        gnn.symmetric_csr(matrix)
+
+
+def test_symmetric_csr_accepts_and_orders_a_symmetric_matrix():
+    row_ptr, col, weight = gnn.symmetric_csr([[0.0, 0.0, 2.0], [0.0, 3.0, 0.0], [2.0, 0.0, 0.0]])
+    assert row_ptr.tolist() == [0, 1, 2, 3] and col.tolist() == [2, 1, 0] and weight.tolist() == [2.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("product", ["_bag_product", "_csr_product", "_index_add_product"])
+def test_each_product_matches_dense_by_value_and_gradient(graph, product, monkeypatch):
+    monkeypatch.setitem(gnn._PRODUCT, "cpu", getattr(gnn, product))
+    x, up = normal(U + I, 3).requires_grad_(), normal(U + I, 3, seed=1)
+    y = gnn.spmm(graph, x)
+    y.backward(up)
+    assert_close(y, dense(graph) @ x)
+    assert_close(x.grad, dense(graph).T @ up)
+    assert gradcheck(lambda x: gnn.spmm(graph, x), (x,))
+    assert gradcheck(lambda x: gnn.spmm(graph, x.T), (x.detach().T.contiguous().requires_grad_(),))     # strided
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_propagate_is_the_mean_of_matrix_powers(graph, layers):
+    x, up = normal(U + I, 3).requires_grad_(), normal(U + I, 3, seed=1)
+    powers = sum(torch.linalg.matrix_power(dense(graph), k) for k in range(layers + 1)) / (layers + 1)
+    before = x.detach().clone()
+    y = gnn.propagate(graph, x, layers)
+    y.backward(up)
+    assert_close(y, powers @ x)
+    assert_close(x.grad, powers.T @ up)
+    assert gradcheck(lambda x: gnn.propagate(graph, x, layers), (x,))
+    assert torch.equal(x, before)
+
+
+def test_spmm_names_both_sizes(graph):
+    with pytest.raises(ValueError, match=r"x is \(13, 2\) but the graph has 14 nodes \(6 users \+ 8 items\)"):
+        gnn.spmm(graph, torch.zeros(13, 2))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def test_propagation_holds_no_message_per_edge():
+    n, width = 60, 16
+    graph = build_graph(torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n), n, n)       # 7,200 entries
+    x = torch.randn(2 * n, width, generator=seeded()).requires_grad_()
+    with LargestTensor() as largest:
+        gnn.propagate(graph, x, 2).sum().backward()
+    assert largest.numel <= max(len(graph.col), 2 * n * width)       # a message per edge would be 7,200 x 16
+
+
+def test_relabelling_users_permutes_the_output():
+    user, item = torch.tensor(PAIRS).T
+    new = torch.tensor([3, 5, 0, 1, 2, 4])                           # old user u is new user new[u]
+    features = {"image": normal(I, 5).float(), "id": None}
+    one, two = (ModalGNN(U, I, features, GNNConfig(dim=4), seeded()) for _ in range(2))
+    for m in features:
+        rows = torch.randn(U, 4, generator=seeded(3))
+        one.user[m].data, two.user[m].data[new] = rows, rows
+    out, permuted = one(build_graph(user, item, U, I)), two(build_graph(new[user], item, U, I))
+    for m in features:
+        assert_close(permuted[m][0][new], out[m][0])
+        assert_close(permuted[m][1], out[m][1])
+        assert out[m][0].std(dim=0).min() > 0                        # else the test would say nothing
+
+
+# ---------------------------------------------------------------- BPR and sampling
+
+def test_bpr_loss_is_minus_log_sigmoid_without_overflow():
+    pos, neg = normal(50).requires_grad_(), normal(50, seed=1)
+    assert_close(gnn.bpr_loss(pos, neg), -torch.log(1 / (1 + torch.exp(neg - pos))).mean())
+    assert gradcheck(gnn.bpr_loss, (pos, neg))
+    assert_close(gnn.bpr_loss(torch.tensor([0.0, -1e4]), torch.zeros(2)), torch.tensor((math.log(2) + 1e4) / 2))
+
+
+@pytest.mark.parametrize("user", range(5))
+def test_the_rth_negative_is_the_rth_item_that_the_user_lacks(graph, user, monkeypatch):
+    others = [i for i in range(I) if i not in liked(user)]
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.arange(size[0]) + 5 * len(others))
+    assert gnn.sample_negatives(graph, torch.full((len(others),), user)).tolist() == others
+
+
+def test_negatives_are_uniform_and_never_positive(graph):
+    user = torch.arange(5).repeat(8000)
+    neg = gnn.sample_negatives(graph, user, seeded())
+    assert neg.dtype == torch.int64 and neg.shape == user.shape
+    for u in range(5):
+        count = torch.bincount(neg[user == u], minlength=I).double()
+        others = [i for i in range(I) if i not in liked(u)]
+        share = 1 / len(others)
+        assert count[liked(u)].sum() == 0
+        assert ((count[others] - 8000 * share).abs() <= 5 * math.sqrt(8000 * share * (1 - share)) + 1e-9).all()
+    assert set(neg[user == 3].tolist()) == {7}                       # the user who likes all items but one
+
+
+def test_a_user_with_every_item_gets_no_item(graph):
+    assert gnn.sample_negatives(graph, torch.tensor([5, 5])).tolist() == [I, I]
+
+
+def test_negatives_on_a_large_random_graph():
+    g = seeded()
+    user, item = torch.randint(300, (20000,), generator=g), torch.randint(90, (20000,), generator=g)
+    graph = build_graph(user, item, 300, 90)
+    positive = torch.zeros(300, 90, dtype=torch.bool)
+    positive[user, item] = True
+    drawn_for, pos, neg = gnn.sample_triplets(graph, 50000, g)
+    assert positive[drawn_for, pos].all() and not positive[drawn_for, neg].any()
+
+
+def test_triplets_are_uniform_over_users_and_over_each_users_items(graph):
+    n = 40000
+    user, pos, neg = gnn.sample_triplets(graph, n, seeded())
+    assert user.dtype == pos.dtype == neg.dtype == torch.int64 and user.shape == pos.shape == neg.shape == (n,)
+    assert set(user.tolist()) == {0, 1, 2, 3} and torch.equal(user, user.sort().values)
+    for u in range(4):
+        assert abs((user == u).sum() - n / 4) < 5 * math.sqrt(n * 3 / 16)
+        drawn, share = pos[user == u], 1 / len(liked(u))
+        for i in liked(u):
+            assert abs((drawn == i).sum() - len(drawn) * share) <= 5 * math.sqrt(len(drawn) * share * (1 - share))
+        assert not set(neg[user == u].tolist()) & set(liked(u))
+
+
+def test_triplets_with_candidates_and_from_a_generator(graph):
+    user, _, neg = gnn.sample_triplets(graph, 500, seeded(), candidates=3)
+    assert neg.shape == (500, 3) and (neg[:, 0] != neg[:, 1]).any()
+    assert all(i not in liked(u) for u, row in zip(user.tolist(), neg.tolist()) for i in row)
+    one, same, other = (gnn.sample_triplets(graph, 50, seeded(s)) for s in (1, 1, 2))
+    assert all(map(torch.equal, one, same)) and not all(map(torch.equal, one, other))
+
+
+def test_triplets_need_somebody_with_a_preference():
+    for pairs in (torch.cartesian_prod(torch.arange(2), torch.arange(3)), torch.empty(0, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="none of 2 users likes some but not all of the 3 items"):
+            gnn.sample_triplets(build_graph(*pairs.T, 2, 3), 4)
+
+
+# ---------------------------------------------------------------- model
+
+def make_model(features=("image", "text"), layers=2, dim=4, l2=0.1):
+    """float64, every parameter random and of ordinary size, so that every term counts."""
+    given = {"image": normal(I, 5, seed=7), "text": normal(I, 3, seed=8), "id": None}
+    model = ModalGNN(U, I, {m: given[m] for m in features}, GNNConfig(dim=dim, layers=layers, l2=l2), seeded()).double()
+    for n, p in enumerate(model.parameters()):
+        p.data = normal(*p.shape, seed=20 + n)
+    return model, given
+
+
+@pytest.mark.parametrize("modalities", [("image", "text"), ("image", "id", "text"), ("id",)])
+def test_loss_matches_loops_by_value_and_gradient(graph, modalities):
+    model, given = make_model(modalities)
+    user, pos, neg = torch.tensor([0, 3, 1, 0]), torch.tensor([4, 6, 2, 1]), torch.tensor([0, 7, 5, 0])
+    total = torch.zeros(4, dtype=torch.float64)
+    slow = torch.zeros((), dtype=torch.float64)
+    powers = sum(torch.linalg.matrix_power(dense(graph), k) for k in range(3)) / 3
+    for m in modalities:
+        f = given[m]
+        items = model.item[m] if f is None else f / f.square().mean().sqrt() @ model.item[m].T
+        x = powers @ torch.cat([model.user[m], items])
+        margin = torch.stack([x[u] @ x[U + p] - x[u] @ x[U + n] for u, p, n in zip(user, pos, neg)])
+        total = total + margin
+        if len(modalities) > 1:
+            slow = slow - margin.sigmoid().log().mean()
+        for u, p, n in zip(user, pos, neg):
+            slow = slow + 0.1 / 2 / 4 * (model.user[m][u] ** 2 + items[p] ** 2 + items[n] ** 2).sum()
+    slow = slow - total.sigmoid().log().mean()
+    expected = torch.autograd.grad(slow, list(model.parameters()))
+    loss = model.loss(graph, user, pos, neg)
+    assert_close(loss, slow)
+    for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), expected):
+        assert_close(got, want)
+
+
+def test_of_several_candidates_the_best_scored_counts(graph):
+    model, _ = make_model()
+    user, pos = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 6])
+    candidates = torch.tensor([[0, 2, 3], [3, 4, 7], [0, 1, 5]])
+    score = sum(p @ i.T for p, i in model(graph).values())
+    best = torch.tensor([max(row, key=lambda i: score[u, i].item()) for u, row in zip(user, candidates.tolist())])
+    assert len({row.index(b) for row, b in zip(candidates.tolist(), best.tolist())}) > 1     # not always the first
+    assert_close(model.loss(graph, user, pos, candidates), model.loss(graph, user, pos, best))
+    assert not torch.isclose(model.loss(graph, user, pos, candidates), model.loss(graph, user, pos, candidates[:, 0]))
+
+
+@pytest.mark.parametrize("features, n_terms", [(["id"], 1), (["image"], 1), (["image", "text"], 3), (["image", "id"], 3)])
+def test_loss_starts_at_ln2_per_bpr_term(graph, features, n_terms):
+    given = {"image": 50 * normal(I, 5), "text": 0.01 * normal(I, 9), "id": None}
+    model = ModalGNN(U, I, {m: given[m] for m in features}, GNNConfig(l2=0.0), seeded())
+    loss = model.loss(graph, *gnn.sample_triplets(graph, 256, seeded()))
+    assert abs(loss.item() / (n_terms * math.log(2)) - 1) < 0.05
+
+
+@pytest.mark.parametrize("features", [["id"], ["image", "text"]])
+def test_overfits_one_batch(graph, features):
+    given = {"image": normal(I, 8).float(), "text": normal(I, 8, seed=1).float(), "id": None}
+    model = ModalGNN(U, I, {m: given[m] for m in features}, GNNConfig(dim=16, l2=0.0), seeded())
+    user, pos, neg = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 2, 6, 3]), torch.tensor([0, 5, 1, 7])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(150):
+        loss = model.loss(graph, user, pos, neg)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.03, f"cannot memorise 4 triplets: {loss:.3f}, chance is ln 2 = 0.693 a term"
+
+
+def test_content_embeds_alike_whatever_the_unit_of_the_features(graph):
+    f = normal(I, 5).float()
+    one, two = (ModalGNN(U, I, {"image": f * unit}, GNNConfig(dim=4), seeded()) for unit in (1.0, 1000.0))
+    assert_close(one.embed_content("image", f[:3]), two.embed_content("image", 1000 * f[:3]))
+    assert_close(one(graph)["image"], two(graph)["image"])
+    assert_close(one._layer0()[U:], one.embed_content("image", f))
+    rms = one.embed_content("image", f).square().mean().sqrt()
+    assert 0.05 < rms < 0.2                                          # LightGCN's start: 0.1
+
+
+def test_model_names_its_errors():
+    with pytest.raises(ValueError, match="features is empty"):
+        ModalGNN(U, I, {}, GNNConfig())
+    with pytest.raises(ValueError, match=r"features\['image'\] is \(7, 5\); need one row for each of the 8 items"):
+        ModalGNN(U, I, {"image": torch.zeros(7, 5)}, GNNConfig())
+    model, _ = make_model(("image", "id"))
+    for modality in ("id", "sound"):
+        with pytest.raises(ValueError, match=rf"no features were given for '{modality}', only for \['image'\]"):
+            model.embed_content(modality, torch.zeros(1, 5))
+
+
+def test_state_dict_holds_what_is_learnt_and_loads(graph):
+    model, given = make_model(("image", "id"))
+    assert set(model.state_dict()) == {"user.image", "user.id", "item.image", "item.id"}
+    other = ModalGNN(U, I, {"image": given["image"], "id": None}, GNNConfig(dim=4), seeded(9)).double()
+    other.load_state_dict(model.state_dict())
+    assert_close(other(graph), model(graph), rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- folding in
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_fold_in_matches_a_loop_over_layers_and_items(graph, layers):
+    model, _ = make_model(("image", "id"), layers=layers)
+    history = {0: [1, 2, 6], 2: [7]}                                 # person 1 has none
+    pairs = torch.tensor([(n, i) for n, items in history.items() for i in items + items[:1]])     # one pair twice
+    folded = model.fold_in(graph, *pairs.T, 3)
+    degree = (dense(graph) > 0).sum(1)
+    for column, m in ((slice(0, 4), "image"), (slice(4, 8), "id")):
+        x0 = model._layer0()[:, column]
+        for n, items in history.items():
+            p = sum(((torch.linalg.matrix_power(dense(graph), k) @ x0)[U + i]
+                     / math.sqrt(len(items) * (degree[U + i] + 1))) for i in items for k in range(layers))
+            assert_close(folded[m][n], p / (layers + 1))
+        assert torch.equal(folded[m][1], torch.zeros(4, dtype=torch.float64))
+
+
+def test_fold_in_is_what_one_layer_gives_a_user_in_the_graph(graph):
+    model, _ = make_model(layers=1)
+    without = build_graph(*torch.tensor([p for p in PAIRS if p[0] != 1]).T, U, I)
+    for m in ("image", "text"):
+        model.user[m].data[1] = 0
+    folded = model.fold_in(without, torch.zeros(3, dtype=torch.int64), torch.tensor(liked(1)), 1)
+    for m in ("image", "text"):
+        assert_close(folded[m][0], model(graph)[m][0][1], rtol=1e-6, atol=1e-6)
+
+
+def test_fold_in_names_items_out_of_range(graph):
+    with pytest.raises(ValueError, match=r"item ids lie in \[8, 8\]; need 0 <= id < 8"):
+        make_model()[0].fold_in(graph, torch.tensor([0]), torch.tensor([8]), 1)
+
+
+# ---------------------------------------------------------------- planted tastes
+
+N_TASTES = 5
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """200 users, 400 items; an item's look shows in its image features, its tone in its text features. A user likes
+    15 items, each with chance 0.75 of the favourite look, and of the favourite tone; the two favourites are independent.
+    Trained on all but the last 40 users."""
+    g = seeded(5)
+    n_users, n_items, n_liked = 200, 400, 15
+    look, tone = torch.randint(N_TASTES, (2, n_items), generator=g)
+    favourite = torch.randint(N_TASTES, (2, n_users), generator=g)
+    odds = [torch.where(favourite[k][:, None] == value, 0.75, 0.25 / (N_TASTES - 1)) for k, value in enumerate((look, tone))]
+    item = torch.multinomial(odds[0] * odds[1], n_liked + 5, generator=g)                            # (U, 20)
+    features = {}
+    for m, value in (("image", look), ("text", tone)):
+        clean = torch.nn.functional.one_hot(value, N_TASTES).float()
+        mixed = torch.cat([clean, 0.3 * torch.randn(n_items, 10, generator=g)], dim=1)
+        features[m] = mixed @ torch.randn(15, 12, generator=g)
+    user = torch.arange(n_users).repeat_interleave(n_liked)
+    train, test = item[:, :n_liked].reshape(-1), item[:, n_liked:]
+    seen_user = user < 160
+    graph = build_graph(user[seen_user], train[seen_user], n_users, n_items)
+    model = ModalGNN(n_users, n_items, features, GNNConfig(dim=16, lr=0.01, batch=512), g)
+    optimizer = torch.optim.Adam(model.parameters(), lr=model.cfg.lr)
+    for _ in range(120):
+        loss = model.loss(graph, *gnn.sample_triplets(graph, model.cfg.batch, g))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return dict(model=model, graph=graph, out=model(graph), favourite=favourite, user=user, train=train, test=test,
+                    direct={m: model.embed_content(m, f) for m, f in features.items()}, value=(look, tone))
+
+
+def favourite_found(planted, modality, trait):
+    """Share of the users in training whose favourite value of a trait (0: look, 1: tone) has, of all its values, the
+    items that the modality's score of content puts highest on average."""
+    score = planted["out"][modality][0][:160] @ planted["direct"][modality].T                        # (160, I)
+    mean = torch.stack([score[:, planted["value"][trait] == v].mean(1) for v in range(N_TASTES)], dim=1)
+    return (mean.argmax(1) == planted["favourite"][trait][:160]).float().mean().item()
+
+
+def test_each_modality_learns_its_own_taste_and_not_the_others(planted):
+    assert favourite_found(planted, "image", 0) > 0.9 and favourite_found(planted, "text", 1) > 0.9
+    assert favourite_found(planted, "image", 1) < 0.5 and favourite_found(planted, "text", 0) < 0.5     # chance: 0.2
+
+
+def test_preferences_of_one_favourite_are_alike(planted):
+    """Nearest mean preference, of users left out of that mean: what quantization can rely on."""
+    for trait, m in enumerate(("image", "text")):
+        p, label = planted["out"][m][0][:160], planted["favourite"][trait][:160]
+        mean = torch.stack([p[:110][label[:110] == v].mean(0) for v in range(N_TASTES)])
+        assert (torch.cdist(p[110:], mean).argmin(1) == label[110:]).float().mean() > 0.85
+
+
+def test_people_not_in_training_rank_nearly_as_well_folded_in(planted):
+    user, train, test = planted["user"], planted["train"], planted["test"]
+    new = user >= 160
+    folded = planted["model"].fold_in(planted["graph"], user[new] - 160, train[new], 40)
+    items = {m: rows[1] for m, rows in planted["out"].items()}
+    known = {m: rows[0][:160] for m, rows in planted["out"].items()}
+    recall = []
+    for p, rows, low in ((known, ~new, 0), (folded, new, 160)):
+        n = len(p["image"])
+        seen = build_graph(user[rows] - low, train[rows], n, 400)
+        held = build_graph(torch.arange(n).repeat_interleave(5), test[low:low + n].reshape(-1), n, 400)
+        recall.append(ranking_metrics(p, items, seen, held).recall.mean())
+    assert recall[0] > 4 * 20 / 400                                  # chance is 20 / 400
+    assert recall[1] > 0.85 * recall[0]
+
+
+# ---------------------------------------------------------------- ranking
+
+def brute_force(score, seen, test, k):
+    """user -> (recall, ndcg), by sorting."""
+    result = {}
+    for u, wanted in sorted(test.items()):
+        order = sorted((i for i in range(score.shape[1]) if i not in seen.get(u, ())), key=lambda i: (-score[u, i].item(), i))
+        hits = [rank for rank, i in enumerate(order[:k], start=1) if i in wanted]
+        best = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(wanted)) + 1))
+        result[u] = (len(hits) / len(wanted), sum(1 / math.log2(r + 1) for r in hits) / best)
+    return result
+
+
+def random_ranking(n_users, n_items, levels, seed):
+    """Embeddings with `levels` values each (few: many ties), seen and test interactions; a third have no test item."""
+    g = seeded(seed)
+    user_emb, item_emb = (torch.randint(levels, (n, 2), generator=g).double() - 1 for n in (n_users, n_items))
+    seen = {u: set(torch.randperm(n_items, generator=g)[:u % 7].tolist()) for u in range(n_users)}
+    test = {u: set(torch.randperm(n_items, generator=g)[:1 + u % 4].tolist()) for u in range(n_users) if u % 3}
+    return user_emb, item_emb, seen, test
+
+
+def as_graph(sets, n_users, n_items):
+    return build_graph(*torch.tensor([(u, i) for u in sets for i in sets[u]]).T, n_users, n_items)
+
+
+@pytest.mark.parametrize("k, chunk", [(1, 4), (5, 7), (5, 100), (30, 7), (40, 1)])
+@pytest.mark.parametrize("levels", [2, 3, 1000])
+def test_ranking_matches_brute_force_ties_and_missing_users_included(levels, k, chunk):
+    user_emb, item_emb, seen, test = random_ranking(23, 30, levels, seed=levels)
+    ranking = ranking_metrics(user_emb, item_emb, as_graph(seen, 23, 30), as_graph(test, 23, 30), k, chunk)
+    want = brute_force(user_emb @ item_emb.T, seen, test, k)
+    assert ranking.user.tolist() == list(want)
+    assert_close(torch.stack([ranking.recall, ranking.ndcg], dim=1), torch.tensor(list(want.values()), dtype=torch.float64))
+    assert ranking.recall.dtype == torch.float64 and ranking.recall.std() > 0
+
+
+def test_equal_scores_rank_by_ascending_id():
+    none = torch.empty(0, dtype=torch.int64)
+    top = gnn.top_items(torch.ones(1, 1), torch.tensor([0.0, 2, 1, 2, 1, 1, 3])[:, None], 5, none, none)
+    assert top.tolist() == [[6, 1, 3, 2, 4]]
+    wide = gnn.top_items(torch.zeros(3, 1), torch.zeros(5000, 1), 20, torch.tensor([1]), torch.tensor([4]))
+    assert wide[0].tolist() == list(range(20)) and wide[1].tolist() == [*range(4), *range(5, 21)]
+
+
+def test_where_items_run_out_no_item_is_recommended():
+    seen = torch.tensor([0, 0, 0]), torch.tensor([0, 2, 3])
+    assert gnn.top_items(torch.ones(1, 1), torch.arange(5.0)[:, None], 4, *seen).tolist() == [[4, 1, 5, 5]]
+
+
+def test_ranking_sums_the_score_of_modalities():
+    user_emb, item_emb, seen, test = random_ranking(23, 30, 1000, seed=0)
+    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
+    halves = [{"a": e[:, :1], "b": e[:, 1:]} for e in (user_emb, item_emb)]
+    halves[1] = {"b": halves[1]["b"], "a": halves[1]["a"]}           # order is the users'
+    assert_close(ranking_metrics(*halves, *graphs), ranking_metrics(user_emb, item_emb, *graphs))
+
+
+def test_ranking_memory_is_bounded_by_the_chunk():
+    user_emb, item_emb, seen, test = random_ranking(300, 200, 1000, seed=0)
+    graphs = as_graph(seen, 300, 200), as_graph(test, 300, 200)
+    with LargestTensor() as largest:
+        ranking_metrics(user_emb, item_emb, *graphs, k=5, chunk=10)
+    assert largest.numel <= 10 * 201
+
+
+def test_ranking_names_its_errors():
+    user_emb, item_emb, seen, test = random_ranking(23, 30, 3, seed=0)
+    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
+    with pytest.raises(ValueError, match="embeddings of 22 users and 30 items, but `seen` has 23 and 30"):
+        ranking_metrics(user_emb[:22], item_emb, *graphs)
+    with pytest.raises(ValueError, match="embeddings of 23 users and 30 items, but `test` has 23 and 31"):
+        ranking_metrics(user_emb, item_emb, graphs[0], as_graph(test, 23, 31))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ranking_metrics(user_emb, item_emb * math.nan, *graphs)
+
+
+# ---------------------------------------------------------------- devices, repeatability, LastFM
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_a_training_step_and_a_ranking_step_run_on_the_meta_device(graph, candidates):
+    """meta tensors have no values: any .item(), mask or copy to the host fails on them."""
+    graph = graph.to("meta")
+    model = ModalGNN(U, I, {"image": normal(I, 5).float(), "id": None}, GNNConfig(dim=4)).to("meta")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    loss = model.loss(graph, *gnn.sample_triplets(graph, 7, candidates=candidates))
+    loss.backward()
+    optimizer.step()
+    assert loss.shape == () and all(p.grad is not None for p in model.parameters())
+    rows, items = model(graph)["image"]
+    seen = torch.empty(3, dtype=torch.int64, device="meta")
+    assert gnn.top_items(rows, items, 2, seen, seen).shape == (U, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_twice_gives_the_same_bits(graph, dtype):
+    states = []
+    for _ in range(2):
+        g = seeded(4)
+        model = ModalGNN(U, I, {"image": normal(I, 5).float(), "id": None}, GNNConfig(dim=4), g).to(dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(5):
+            loss = model.loss(graph, *gnn.sample_triplets(graph, 64, g, candidates=2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.dtype == dtype
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.skipif(not (LASTFM / "train.csv").is_file(), reason=f"needs the LastFM split in {LASTFM}")
+def test_lastfm_is_learnt_in_seconds():
+    """bench_gnn.py trains it to the end; here 0.85 of that in a tenth of the steps."""
+    train, test = (torch.tensor([[int(v) for v in line.split(",")] for line in (LASTFM / f"{part}.csv").read_text()
+                                 .splitlines()[1:]]).T for part in ("train", "test"))
+    graph, held, g = build_graph(*train, 1892, 4489), build_graph(*test, 1892, 4489), seeded()
+    assert len(graph.active) == 1892 - 14                            # 14 users have no training item
+    model = ModalGNN(1892, 4489, {"id": None}, GNNConfig(layers=3, lr=0.02, candidates=8), g)
+    optimizer = torch.optim.Adam(model.parameters(), lr=model.cfg.lr, fused=True)
+    for _ in range(80):
+        loss = model.loss(graph, *gnn.sample_triplets(graph, model.cfg.batch, g, model.cfg.candidates))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        ranking = ranking_metrics(*model(graph)["id"], graph, held)
+    assert len(ranking.user) == 1858 and ranking.recall.mean() > 0.24

@@ -1,0 +1,791 @@
+"""Autoencoder, denoiser, DDIM and its log-probabilities, each against a slow version right at sight."""
+import copy
+import math
+from dataclasses import fields
+
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck
+from torch.distributions import Normal, kl_divergence
+from torch.testing import assert_close
+
+from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock,
+                        alpha_sigma, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
+                        time_features, transition)
+
+TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16)
+LARGE = dict(size=64, width=512, layers=2, heads=8)                 # about 100 M parameters
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+def randomized(module, scale=1.0, dtype=torch.float64):
+    """The module with every parameter drawn at its own layer's scale, even those that start at 0."""
+    g = rng(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * scale / math.sqrt(fan_in))
+    return module.to(dtype)
+
+
+def tiny(words=5, levels=2, codes=3, dtype=torch.float64, **cfg):
+    """A denoiser of random weights on latents (B, 2, 4, 4)."""
+    denoiser = Denoiser(ImageConfig(**TINY | cfg), words, levels, codes)
+    return randomized(denoiser, dtype=dtype)
+
+
+def tiny_autoencoder(dtype=torch.float64):
+    return randomized(Autoencoder(ImageConfig(**TINY)), dtype=dtype)
+
+
+def batch(size=4, words=5, levels=2, codes=3, seed=0):
+    """z (B, 2, 4, 4), t (B,), prompt (B, 3) with padding, prefs (B, M) with rows and single tokens null."""
+    g = rng(seed)
+    prompt = torch.randint(1, words + 1, (size, 3), generator=g)
+    prompt[1::3, 2:] = 0
+    prefs = torch.randint(codes, (size, levels), generator=g)
+    prefs[2::4], prefs[3::4, 0] = -1, -1
+    z = torch.randn(size, 2, 4, 4, generator=g, dtype=torch.float64)
+    return z, torch.rand(size, generator=g, dtype=torch.float64), prompt, prefs
+
+
+class Known(nn.Module):
+    """Stands in for a denoiser whose v is known: v(z, t), any condition."""
+
+    def __init__(self, v, latent=2, size=16):
+        super().__init__()
+        self.v, self.cfg = v, ImageConfig(size=size, latent=latent)
+        self.conv_in = nn.Conv2d(1, 1, 1, dtype=torch.float64)      # says the device and dtype
+
+    def forward(self, z, t, prompt, prefs):
+        return self.v(z, t[:, None, None, None])
+
+
+def no_condition(size):
+    return torch.zeros(size, 1, dtype=torch.int64), torch.full((size, 2), -1)
+
+
+# Autoencoder ------------------------------------------------------------------------------------------------
+
+def pictures(n, size=16, seed=0):
+    """Blocks of 4x4 pixels, each of one colour in [-1, 1]."""
+    blocks = torch.rand(n, 3, size // 4, size // 4, generator=rng(seed), dtype=torch.float64) * 2 - 1
+    return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def slow_autoencoder_loss(net, x, kl, noise):
+    """Picture by picture, number by number."""
+    absolute, square, divergence = [], [], []
+    for picture, eps in zip(x, noise):
+        mean, log_var = net.encoder(picture[None])[0].chunk(2)
+        std = log_var.clamp(-12, 4).exp().sqrt()
+        error = (net.decoder((mean + std * eps)[None])[0] - picture).flatten()
+        absolute += [e.abs() for e in error]
+        square += [e * e for e in error]
+        posterior = [Normal(*number) for number in zip(mean.flatten(), std.flatten())]
+        divergence += [kl_divergence(q, Normal(0.0, 1.0)) for q in posterior]
+    return sum(absolute) / len(absolute) + sum(square) / len(square) + kl * sum(divergence) / len(divergence)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_autoencoder_loss_is_the_loop_over_numbers_in_value_and_gradient(kl):
+    net, x = tiny_autoencoder(), pictures(2).requires_grad_()
+    noise = torch.randn(2, 2, 4, 4, generator=rng(7), dtype=torch.float64)
+    loss, slow = net.loss(x, kl, rng(7)), slow_autoencoder_loss(net, x, kl, noise)
+    assert_close(loss, slow)
+    wrt = [x, *net.parameters()]
+    for got, want in zip(torch.autograd.grad(loss, wrt), torch.autograd.grad(slow, wrt)):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("bias", [-1e6, 1e6])
+def test_autoencoder_loss_stays_finite_whatever_the_encoder_says(bias):
+    net = tiny_autoencoder()
+    net.encoder[-1].bias.data[2:] = bias
+    log_var = net.posterior(pictures(2))[1]
+    assert log_var.min() == log_var.max() == max(-12, min(4, bias))
+    assert net.loss(pictures(2), 1.0, rng()).isfinite()
+
+
+def test_the_latent_is_the_posterior_mean_standardized_by_the_buffers():
+    net, x = tiny_autoencoder(), pictures(2)
+    net.mean += torch.tensor([0.3, -1.0])[:, None, None]
+    net.std *= torch.tensor([2.0, 0.5])[:, None, None]
+    mean = net.encoder(x)[:, :2]
+    for c, (shift, scale) in enumerate([(0.3, 2.0), (-1.0, 0.5)]):
+        assert_close(net.encode(x)[:, c], (mean[:, c] - shift) / scale, rtol=1e-6, atol=1e-6)
+    assert_close(net.decode(net.encode(x)), net.decoder(mean))
+    assert_close(net.encode(x)[:1], net.encode(x[:1]))
+
+
+def test_standardize_gives_mean_0_std_1_once_and_for_all_and_keeps_what_decode_makes():
+    net, x = tiny_autoencoder(), pictures(9)
+    rebuilt = net.decode(net.encode(x))
+    for _ in range(2):
+        net.standardize(net.encode(x))
+        z = net.encode(x).transpose(0, 1).flatten(1)                # (C, I h h)
+        assert_close(z.mean(1), torch.zeros(2, dtype=torch.float64), atol=1e-10, rtol=0)
+        assert_close(z.std(1), torch.ones(2, dtype=torch.float64))
+        assert_close(net.decode(net.encode(x)), rebuilt)
+    before = net.mean.clone(), net.std.clone()
+    net.standardize(net.encode(x))
+    assert_close((net.mean, net.std), before)                       # idempotent
+    assert not net.mean.requires_grad and {"mean", "std"} <= set(net.state_dict())
+
+
+def test_standardize_survives_a_channel_that_says_nothing():
+    net, x = tiny_autoencoder(), pictures(3)
+    net.encoder[-1].weight.data[0] = 0
+    net.standardize(net.encode(x))
+    assert net.encode(x).isfinite().all() and net.decode(net.encode(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_autoencoder_maps_sizes_and_each_place_sees_its_surroundings_only(size):
+    net = randomized(Autoencoder(ImageConfig(size=size, ae_width=16)), dtype=torch.float32)
+    x = torch.randn(2, 3, size, size, generator=rng())
+    z, y = net.encode(x), net.decode(net.encode(x))
+    assert z.shape == (2, 4, size // 4, size // 4) and y.shape == x.shape
+    stem = nn.Sequential(*net.encoder[:3])                      # the norms behind it see the whole picture
+    x.requires_grad_()
+    stem(x)[0, :, 1, 2].sum().backward()
+    row, column = x.grad[0].abs().sum((0, 1)).nonzero()[:, 0], x.grad[0].abs().sum((0, 2)).nonzero()[:, 0]
+    assert not x.grad[1].any()
+    assert (row.min(), row.max()) == (5, 14) and (column.min(), column.max()) == (1, 10)    # 4x4, 3 around
+
+
+def test_autoencoder_learns_a_few_pictures_by_heart():
+    torch.manual_seed(0)
+    net, x = Autoencoder(ImageConfig(**TINY | dict(latent=4))), pictures(8).float()
+    optimizer, g = torch.optim.Adam(net.parameters(), lr=5e-3), rng()
+    start = (net.decode(net.encode(x)) - x).square().mean()
+    for _ in range(100):
+        loss = net.loss(x, 1e-4, g)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    net.standardize(net.encode(x).detach())
+    error = (net.decode(net.encode(x)) - x).square().mean()
+    assert 0.3 < start and error < 0.01, f"squared error {start:.3f}, then {error:.4f}; of grey: 1/3"
+
+
+# Parts of the denoiser --------------------------------------------------------------------------------------
+
+def slow_attention(net, x, tokens, present):
+    """One picture, place and head at a time, over the tokens that are present."""
+    (weight_k, weight_v), (bias_k, bias_v) = net.key_value.weight.chunk(2), net.key_value.bias.chunk(2)
+    query, out = net.query(net.norm(x)), torch.zeros_like(x)
+    size = x.shape[1] // net.heads
+    for b in range(len(x)):
+        memory = tokens[b][present[b]]                              # (N', C)
+        for i in range(x.shape[2]):
+            for j in range(x.shape[3]):
+                for c in range(0, x.shape[1], size):
+                    key = memory @ weight_k[c:c + size].T + bias_k[c:c + size]
+                    value = memory @ weight_v[c:c + size].T + bias_v[c:c + size]
+                    attend = (key @ query[b, c:c + size, i, j] / math.sqrt(size)).softmax(0)
+                    out[b, c:c + size, i, j] = attend @ value
+    return x + net.out(out)
+
+
+def test_attention_is_the_loop_over_places_and_heads_in_value_and_gradient():
+    net = randomized(CrossAttention(16, 4), 2.0)
+    x, tokens = normal(3, 16, 2, 3).requires_grad_(), normal(3, 5, 16, seed=1).requires_grad_()
+    present = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    fast, slow = net(x, tokens, present), slow_attention(net, x, tokens, present)
+    assert_close(fast, slow)
+    wrt, up = [x, tokens, *net.parameters()], normal(*x.shape, seed=2)
+    fast_grad = torch.autograd.grad(fast, wrt, up)
+    for got, want in zip(fast_grad, torch.autograd.grad(slow, wrt, up)):
+        assert_close(got, want)
+    assert not fast_grad[1][~present].any()
+
+
+def test_residual_block_is_its_formula_and_starts_as_the_identity():
+    x, cond = normal(2, 16, 3, 3), normal(2, 5, seed=1)
+    for block in (ResidualBlock(16, 5).double(), CrossAttention(16, 2).double()):
+        args = (cond,) if isinstance(block, ResidualBlock) else (normal(2, 4, 16), torch.ones(2, 4).bool())
+        assert torch.equal(block(x, *args), x)
+    block = randomized(ResidualBlock(16, 5))
+
+    def norm(x, layer):                 # 8 groups of 2 channels
+        group = x.reshape(2, 8, -1)
+        group = group - group.mean(2, keepdim=True)
+        unit = group / (group.square().mean(2, keepdim=True) + 1e-5).sqrt()
+        return unit.reshape(x.shape) * layer.weight[:, None, None] + layer.bias[:, None, None]
+    a, b = (cond @ block.film.weight.T + block.film.bias)[:, :, None, None].chunk(2, 1)
+    h = block.conv1(F.silu(norm(x, block.norm1)))
+    assert_close(block(x, cond), x + block.conv2(F.silu(norm(h, block.norm2) * (1 + a) + b)))
+
+
+def test_time_features_are_sines_and_cosines_at_frequencies_1_to_1000():
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    feature = time_features(t, 8)
+    for b in range(3):
+        for i in range(4):
+            angle = t[b].item() * 1000 ** (i / 3)
+            assert_close(feature[b, [i, 4 + i]].tolist(), [math.sin(angle), math.cos(angle)])
+
+
+def test_condition_is_the_loop_over_words_and_levels():
+    net = tiny()
+    _, _, prompt, prefs = batch(6)
+    prompt[5] = 0                                                   # no word at all
+    tokens, present, pooled = net.condition(prompt, prefs)
+    for b in range(6):
+        words = [net.words.weight[word] for word in prompt[b] if word != 0]
+        tastes = [net.null[m] if code < 0 else net.preference.weight[m * 3 + code]
+                  for m, code in enumerate(prefs[b])]
+        topic = sum(words) / len(words) if words else torch.zeros(16, dtype=torch.float64)
+        assert_close(tokens[b][present[b]], torch.stack(words + tastes))
+        assert_close(pooled[b], net.pool(torch.cat([topic, *tastes])))
+
+
+def test_every_code_of_every_level_has_a_row_of_its_own_and_null_none():
+    net, (z, t, prompt, _) = tiny(), batch(1)
+    for level in range(2):
+        for code in range(-1, 3):
+            prefs = torch.full((1, 2), -1)
+            prefs[0, level] = code
+            net.zero_grad()
+            net(z, t, prompt, prefs).square().sum().backward()
+            rows = net.preference.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
+            assert rows == ([] if code < 0 else [level * 3 + code])
+            nulls = net.null.grad.abs().sum(1).nonzero()[:, 0].tolist()
+            assert nulls == [m for m in range(2) if prefs[0, m] < 0]
+
+
+# The denoiser -----------------------------------------------------------------------------------------------
+
+def test_padding_and_order_of_the_prompt_move_nothing_but_its_words_do():
+    net, (z, t, _, prefs) = tiny(), batch()
+    prompt = torch.tensor([[1, 2, 0]] * 4)
+    v = net(z, t, prompt, prefs)
+    for same in ([[2, 1, 0]], [[0, 2, 1]], [[1, 2, 0, 0, 0]], [[0, 1, 0, 2]], [[1, 2]]):
+        assert_close(net(z, t, torch.tensor(same * 4), prefs), v)
+    for other in ([[1, 3, 0]], [[1, 0, 0]], [[0, 0, 0]], [[1, 2, 3]]):
+        assert (net(z, t, torch.tensor(other * 4), prefs) - v).abs().amax((1, 2, 3)).min() > 1e-3
+    assert_close(net(z, t, torch.zeros(4, 3, dtype=torch.int64), prefs), net(z, t, prompt[:, :0], prefs))
+
+
+def test_everything_that_the_denoiser_is_told_moves_it():
+    net, (z, t, prompt, prefs) = tiny(), batch()
+    v = net(z, t, prompt, prefs)
+    for other in ((z + 0.1, t, prompt, prefs), (z, 1 - t, prompt, prefs), (z, t, 1 + prompt % 5, prefs),
+                  (z, t, prompt, (prefs + 2) % 4 - 1)):
+        assert (net(*other) - v).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_batch_size_and_order_move_nothing_nulls_and_codes_side_by_side():
+    net, args = tiny(), batch(7)
+    v = net(*args)
+    assert_close(torch.cat([net(*(x[b:b + 1] for x in args)) for b in range(7)]), v)
+    order = torch.tensor([6, 2, 0, 5, 1, 3, 4])
+    assert_close(net(*(x[order] for x in args)), v[order])
+
+
+def test_memory_format_moves_nothing():
+    net, (z, *rest) = tiny(), batch()
+    v = net(z, *rest)
+    last = net.to(memory_format=torch.channels_last)
+    assert_close(last(z.to(memory_format=torch.channels_last), *rest), v)
+
+
+def test_loss_is_the_loop_over_pictures_for_the_same_draws_in_value_and_gradient():
+    net, (z, _, prompt, prefs) = tiny(), batch()
+    loss, g, total = net.loss(z, prompt, prefs, rng(3)), rng(3), 0.0
+    u = torch.randn(4, generator=g, dtype=torch.float64)
+    eps = torch.randn(z.shape, generator=g, dtype=torch.float64)
+    for b in range(4):
+        t = 1 / (1 + math.exp(-u[b]))
+        alpha, sigma = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+        noisy = (alpha * z[b] + sigma * eps[b])[None]
+        v = net(noisy, torch.tensor([t], dtype=torch.float64), prompt[b:b + 1], prefs[b:b + 1])[0]
+        total = total + (v - (alpha * eps[b] - sigma * z[b])).square().sum() / z.numel()
+    assert_close(loss, total)
+    wrt = list(net.parameters())
+    for got, want in zip(torch.autograd.grad(loss, wrt), torch.autograd.grad(total, wrt)):
+        assert_close(got, want)
+
+
+def test_loss_starts_at_1_for_v_starts_at_0():
+    torch.manual_seed(0)
+    net = Denoiser(ImageConfig(**TINY), 5, 2, 3)
+    _, t, prompt, prefs = batch(512)
+    z = torch.randn(512, 2, 4, 4, generator=rng(2))
+    assert not net(z, t.float(), prompt, prefs).any()
+    loss = net.loss(z, prompt, prefs, rng()).item()                 # mean of 2^14 squares, each of variance 2
+    assert abs(loss - 1) < 5 * math.sqrt(2 / 2 ** 14)
+
+
+def gaussian_v(mean, var):
+    """E[v | z_t] for z_0 ~ N(mean, var), number by number: what the best denoiser says."""
+    def v(z, t):
+        alpha, sigma = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+        surprise = (z - alpha * mean) / (alpha ** 2 * var + sigma ** 2)
+        return alpha * (sigma * surprise) - sigma * (mean + alpha * var * surprise)
+    return v
+
+
+def test_the_ideal_denoiser_has_the_least_loss():
+    """What is added to E[v | z_t] costs its mean square, whatever function of z_t and t it is: E[v | z_t] is
+    the minimum. 200 losses of 500 numbers each give the standard error."""
+    ideal = gaussian_v(0.7, 0.25)
+    for extra in (lambda z, t: 0.2, lambda z, t: 0.2 * z, lambda z, t: 0.3 * (t - 0.5),
+                  lambda z, t: 0.1 * z.sin() / (t + 0.2), lambda z, t: 0.2 * ideal(z, t)):
+        gain, square = [], []
+
+        def worse(z, t):
+            square.append((0 * z + extra(z, t)).square().mean())
+            return ideal(z, t) + extra(z, t)
+        for seed in range(200):
+            z = 0.7 + 0.5 * torch.randn(500, 1, 1, 1, generator=rng(seed), dtype=torch.float64)
+            least, more = (Denoiser.loss(Known(v), z, *no_condition(500), rng(1000 + seed))
+                           for v in (ideal, worse))
+            gain.append(more - least)
+        cost, square = torch.stack(gain), torch.stack(square)
+        error = (cost - square).std() / math.sqrt(200)
+        assert abs((cost - square).mean()) < 5 * error < square.mean() / 2
+
+
+def test_denoiser_learns_planted_latents_and_samples_each_from_its_condition():
+    torch.manual_seed(0)
+    net = Denoiser(ImageConfig(**TINY | dict(width=16)), 2, 2, 2)
+    prompt = torch.tensor([1, 1, 1, 1, 2, 2, 2, 2])[:, None]
+    prefs = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
+    planted = torch.randn(8, 2, 4, 4, generator=rng(5))
+    optimizer, g, log = torch.optim.Adam(net.parameters(), lr=5e-3), rng(), []
+    data = [x.repeat(8, *[1] * (x.ndim - 1)) for x in (planted, prompt, prefs)]
+    for _ in range(120):
+        loss = net.loss(*data, g)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        log.append(loss.detach())
+    last = torch.stack(log[-10:]).mean()
+    assert abs(log[0] - 1) < 0.3 and last < 0.1, f"loss {log[0]:.2f}, then {last:.3f}"
+    for eta in (0.0, 1.0):
+        z = sample_latents(net, prompt, prefs, rng(1), eta=eta)[-1]
+        distance = (z[:, None] - planted).square().mean((2, 3, 4))                          # (8, 8)
+        assert torch.equal(distance.argmin(1), torch.arange(8)) and distance.diagonal().max() < 0.2
+
+
+# DDIM -------------------------------------------------------------------------------------------------------
+
+def test_alpha_sigma_is_a_quarter_turn_from_picture_to_noise():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = alpha_sigma(t)
+    assert_close(alpha ** 2 + sigma ** 2, torch.ones_like(t))
+    assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+    assert (alpha[0], sigma[0]) == (1, 0) and abs(alpha[-1]) < 1e-15 and sigma[-1] == 1
+    assert_close(alpha, sigma.flip(0))
+    alpha_bar = [math.cos(math.pi * i / 200) ** 2 for i in range(101)]            # 2102.09672v1, Eq. 17
+    assert_close((alpha ** 2).tolist(), alpha_bar)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 3, 8, 50])
+def test_sampling_times_fall_evenly_to_exactly_0(steps, dtype):
+    times = sampling_times(steps, torch.zeros(2, dtype=dtype))
+    assert times.shape == (steps + 1,) and times.dtype == dtype and times[-1] == 0
+    even = [T_MAX * (steps - k) / steps for k in range(steps + 1)]
+    assert_close(times.tolist(), even, rtol=1e-5, atol=1e-6)
+    assert alpha_sigma(times[:1])[0] < 0.05                         # hardly anything of the picture
+
+
+def slow_ddim(x, eps, bar_t, bar_s, eta):
+    """2010.02502v4 on numbers, the paper's alpha being alpha_bar = alpha^2: mean by Eq. 12, std by Eq. 16."""
+    std = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
+    predicted = (x - math.sqrt(1 - bar_t) * eps) / math.sqrt(bar_t)
+    return math.sqrt(bar_s) * predicted + math.sqrt(1 - bar_s - std ** 2) * eps, std
+
+
+TIMES = [(0.98, 0.8575), (0.7, 0.3), (0.5, 0.49), (0.98, 0.0), (0.1225, 0.0), (0.9, 0.001)]
+
+
+def bar(t):
+    return math.cos(math.pi * t / 2) ** 2
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("t, s", TIMES)
+def test_ddim_step_is_the_papers_on_numbers(t, s, eta):
+    clean, eps = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
+    z = math.sqrt(bar(t)) * clean + math.sqrt(1 - bar(t)) * eps
+    v = math.sqrt(bar(t)) * eps - math.sqrt(1 - bar(t)) * clean
+    time = torch.tensor([t, s], dtype=torch.float64)
+    mean, std = ddim_step(z, v, *time, eta)
+    assert mean.shape == z.shape and std.shape == ()
+    for got, x, e in zip(mean.flatten(), z.flatten(), eps.flatten()):
+        want, want_std = slow_ddim(x.item(), e.item(), bar(t), bar(s), eta)
+        assert_close((got.item(), std.item()), (want, want_std))
+    assert (std == 0) == (s == 0 or eta == 0)
+    assert gradcheck(lambda z, v: ddim_step(z, v, *time, eta)[0], (z.requires_grad_(), v.requires_grad_()))
+
+
+@pytest.mark.parametrize("t, s", TIMES)
+def test_ancestral_step_is_the_posterior_of_the_forward_process(t, s):
+    """eta = 1 is DDPM's q(z_s | z_t, z_0) (2006.11239v2, Eq. 7): z_s ~ N(alpha_s z_0, sigma_s^2) conditioned
+    on z_t ~ N(a z_s, 1 - a^2), a = alpha_t / alpha_s."""
+    clean, eps = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
+    z = math.sqrt(bar(t)) * clean + math.sqrt(1 - bar(t)) * eps
+    v = math.sqrt(bar(t)) * eps - math.sqrt(1 - bar(t)) * clean
+    mean, std = ddim_step(z, v, *torch.tensor([t, s], dtype=torch.float64), 1.0)
+    a, var = math.sqrt(bar(t) / bar(s)), 1 - bar(s)
+    gain = var * a / (a * a * var + 1 - a * a)                      # Kalman's gain
+    want = math.sqrt(bar(s)) * clean
+    assert_close(mean, want + gain * (z - a * want))
+    assert_close(std.item(), math.sqrt(max(0.0, var - gain * a * var)), atol=1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+def test_the_true_v_is_inverted_exactly_at_eta_0_in_any_number_of_steps(steps):
+    clean = normal(3, 2, 4, 4, seed=9)
+
+    def v(z, t):                        # eps is what is left of z beside clean
+        alpha, sigma = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+        return alpha * (z - alpha * clean) / sigma - sigma * clean
+    chain = sample_latents(Known(v), *no_condition(3), rng(), steps=steps, eta=0.0)
+    assert len(chain) == steps + 1
+    assert_close(chain[-1], clean)
+    alpha, sigma = math.cos(math.pi * T_MAX / 2), math.sin(math.pi * T_MAX / 2)
+    eps = (chain[0] - alpha * clean) / sigma                        # the same along the whole path
+    for k in range(steps + 1):
+        angle = math.pi / 2 * T_MAX * (steps - k) / steps
+        assert_close(chain[k], math.cos(angle) * clean + math.sin(angle) * eps)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_the_ideal_denoiser_samples_the_mean_and_covariance_of_gaussian_data(eta):
+    """Two correlated channels, 16,000 draws: 5 sigma of a variance are 0.07, of a mean 0.04. That the steps are
+    400 and not infinitely many costs a variance 0.015; that noise starts at T_MAX, a mean 0.02 at eta = 0."""
+    mean = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    cov = torch.tensor([[1.2, 0.5], [0.5, 0.6]], dtype=torch.float64)
+
+    def v(z, t):
+        angle = t[0].item() * math.pi / 2
+        alpha, sigma = math.cos(angle), math.sin(angle)
+        noisy_cov = alpha ** 2 * cov + sigma ** 2 * torch.eye(2, dtype=torch.float64)
+        error = (z - alpha * mean[:, None, None]).transpose(0, 1).flatten(1)                # (2, B h h)
+        surprise = torch.linalg.solve(noisy_cov, error)
+        expected = mean[:, None] + alpha * cov @ surprise
+        return (alpha * sigma * surprise - sigma * expected).unflatten(1, (len(z), 4, 4)).transpose(0, 1)
+    z = sample_latents(Known(v), *no_condition(1000), rng(), steps=400, eta=eta)[-1]
+    z = z.transpose(0, 1).flatten(1)                                # (2, 16000)
+    n, var = z.shape[1], cov.diagonal()
+    assert ((z.mean(1) - mean).abs() < 5 * (var / n).sqrt()).all()
+    error = ((var[:, None] * var + cov ** 2) / n).sqrt()            # of a sample covariance
+    assert ((z.cov() - cov).abs() < 5 * error).all()
+
+
+# Guidance and the chain -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("guidance", [0.0, 0.6, 1.0, 2.5])
+def test_guided_v_is_two_forwards_one_by_one_with_and_without_gradient(guidance):
+    net, (z, t, prompt, prefs) = tiny(), batch(5)
+    want = []
+    for b in range(5):
+        row = [x[b:b + 1] for x in (z, t, prompt, prefs)]
+        cond, null = net(*row), net(*row[:3], torch.full((1, 2), -1))
+        want.append(null + guidance * (cond - null))
+    assert_close(guided_v(net, z, t, prompt, prefs, guidance), torch.cat(want))
+    with torch.no_grad():
+        assert_close(guided_v(net, z, t, prompt, prefs, guidance), torch.cat(want))
+        assert_close(guided_v(net, z, t[0], prompt, prefs, guidance),
+                     guided_v(net, z, t[0].expand(5), prompt, prefs, guidance))             # one time for all
+    assert_close(want[2], net(*[x[2:3] for x in (z, t, prompt, prefs)]))    # a null row stays null at any w
+
+
+def test_guidance_0_is_null_and_1_is_cond():
+    net, (z, t, prompt, prefs) = tiny(), batch()
+    with torch.no_grad():
+        assert_close(guided_v(net, z, t, prompt, prefs, 0.0), net(z, t, prompt, torch.full_like(prefs, -1)))
+        assert_close(guided_v(net, z, t, prompt, prefs, 1.0), net(z, t, prompt, prefs))
+
+
+def hand_step(net, z, k, steps, prompt, prefs, guidance, eta):
+    """Mean and std of step k, from two forwards of the denoiser and the numbers of slow_ddim."""
+    t, s = T_MAX * (steps - k) / steps, T_MAX * (steps - k - 1) / steps
+    time = torch.full((len(z),), t, dtype=z.dtype)
+    with torch.no_grad():
+        cond, null = net(z, time, prompt, prefs), net(z, time, prompt, torch.full_like(prefs, -1))
+    v = (1 - guidance) * null + guidance * cond
+    return slow_ddim(z, math.sqrt(1 - bar(t)) * z + math.sqrt(bar(t)) * v, bar(t), bar(s), eta)
+
+
+@pytest.mark.parametrize("guidance, eta", [(1.0, 1.0), (2.0, 1.0), (2.0, 0.4), (0.0, 0.7)])
+def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(guidance, eta):
+    net, (_, _, prompt, prefs), steps = tiny(), batch(64), 4
+    chain, noise = sample_latents(net, prompt, prefs, rng(3), guidance, steps, eta), []
+    noise.append(chain[0].flatten())
+    for k in range(steps - 1):
+        mean, std = hand_step(net, chain[k], k, steps, prompt, prefs, guidance, eta)
+        got_mean, got_std = transition(net, chain, k, prompt, prefs, guidance, eta)
+        assert_close(got_mean, mean)
+        assert_close(got_std.item(), std)
+        distance = (chain[k + 1] - got_mean) / got_std
+        log_prob = -distance.square() / 2 - got_std.log() - math.log(2 * math.pi) / 2
+        assert_close(log_prob.sum((1, 2, 3)), Normal(mean, std).log_prob(chain[k + 1]).sum((1, 2, 3)))
+        noise.append(((chain[k + 1] - mean) / std).flatten())
+    for drawn in noise:                 # the sampler's noise is standard normal, a fresh one at each step
+        assert scipy.stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
+    correlation = torch.corrcoef(torch.stack(noise)) - torch.eye(len(noise))
+    assert correlation.abs().max() < 5 / math.sqrt(len(noise[0]))
+    last, std = hand_step(net, chain[-2], steps - 1, steps, prompt, prefs, guidance, eta)
+    assert std == 0
+    assert_close(chain[-1], last)                                   # no noise at the last step
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_eta_0_is_a_function_of_the_first_noise_and_eta_1_is_not(guidance):
+    net, (_, _, prompt, prefs) = tiny(), batch()
+    prompt, prefs = prompt[:1].expand(2, -1), prefs[:1].expand(2, -1)
+    for eta in (0.0, 1.0):
+        chain = sample_latents(net, prompt, prefs, rng(), guidance, 5, eta)
+        z = chain[0]
+        for k in range(5):
+            z, _ = hand_step(net, z, k, 5, prompt, prefs, guidance, eta)
+        assert ((chain[-1] - z).abs().max() < 1e-9) == (eta == 0)
+
+
+def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_draws():
+    net, (_, _, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    for eta in (0.0, 1.0):
+        first, second = (sample_latents(net, prompt, prefs, rng(4), 2.0, 3, eta) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, sample_latents(net, prompt, prefs, rng(5), 2.0, 3, eta))
+    states = []
+    for settings in ((prompt, prefs, 2.0, 3, 1.0), (prompt + 1, prefs * 0, 1.0, 3, 0.0)):
+        g = rng(4)
+        sample_latents(net, settings[0] % 5, settings[1], g, *settings[2:])
+        states.append(g.get_state())
+    assert torch.equal(*states)
+    z, autoencoder = torch.randn(4, 2, 4, 4, generator=rng()), tiny_autoencoder()
+    before = torch.get_rng_state()
+    first, second = ((net.loss(z, prompt, prefs, rng(6)), autoencoder.loss(pictures(2), 0.1, rng(6)))
+                     for _ in range(2))
+    assert first == second and torch.equal(torch.get_rng_state(), before)
+
+
+# Policy gradient --------------------------------------------------------------------------------------------
+
+def chain_log_prob(net, chain, prompt, prefs, guidance, eta=1.0):
+    """() the sum over rows and Gaussian steps of the chain's log-probability."""
+    total = 0.0
+    for k in range(len(chain) - 2):
+        mean, std = transition(net, chain, k, prompt, prefs, guidance, eta)
+        total = total + Normal(mean, std).log_prob(chain[k + 1]).sum()
+    return total
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_log_prob_reaches_only_the_preference_table_and_only_rows_in_use(guidance):
+    net, (_, _, prompt, prefs) = tiny(codes=4), batch()
+    net.requires_grad_(False).preference.requires_grad_(True)
+    chain = sample_latents(net, prompt, prefs, rng(), guidance, 3)
+    chain_log_prob(net, chain, prompt, prefs, guidance).backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == {"preference.weight"}
+    used = {m * 4 + code for row in prefs.tolist() for m, code in enumerate(row) if code >= 0}
+    assert set(net.preference.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()) == used
+    net.zero_grad()
+    net.preference.requires_grad_(False)
+    assert not chain_log_prob(net, chain, prompt, prefs, guidance).requires_grad
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_log_prob_gradient_against_finite_differences(guidance):
+    net, (_, _, prompt, prefs) = tiny(), batch()
+    net.requires_grad_(False).preference.requires_grad_(True)
+    chain, table = sample_latents(net, prompt, prefs, rng(), guidance, 3), net.preference.weight
+    gradient, = torch.autograd.grad(chain_log_prob(net, chain, prompt, prefs, guidance), table)
+    used = [(row, d) for row in gradient.abs().sum(1).nonzero()[:, 0].tolist() for d in (0, 5, 15)]
+    for row, d in used:
+        with torch.no_grad():
+            value, sides = table[row, d].item(), []
+            for side in (1e-5, -1e-5):
+                table[row, d] = value + side
+                sides.append(chain_log_prob(net, chain, prompt, prefs, guidance))
+            table[row, d] = value
+        assert_close(gradient[row, d], (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-6)
+
+
+def test_the_score_of_the_sampled_chain_averages_to_zero():
+    """E[grad log p] = 0 under the distribution that was sampled, and not under another guidance. 32 groups of
+    24 chains each read a copy of the same token: its row's gradient is the group's score."""
+    net, groups = tiny(levels=1, codes=32), 32
+    with torch.no_grad():
+        net.preference.weight[:] = net.preference.weight[0]
+    net.requires_grad_(False).preference.requires_grad_(True)
+    prefs = torch.arange(groups).repeat_interleave(24)[:, None]
+    prompt = torch.tensor([[1, 2, 0]]).expand(len(prefs), -1)
+    chain = sample_latents(net, prompt, prefs, rng(11), 3.0, 3)
+
+    def sigmas(guidance):
+        log_prob = chain_log_prob(net, chain, prompt, prefs, guidance)
+        score, = torch.autograd.grad(log_prob, net.preference.weight)                       # (32, D)
+        return (score.mean(0) / score.std(0) * math.sqrt(groups)).abs().max()
+    assert sigmas(3.0) < 5 and sigmas(1.0) > 8
+
+
+# EMA --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.998, 1.0])
+@pytest.mark.parametrize("step", [0, 7, 10 ** 6])
+def test_ema_is_the_loop_with_its_warm_up(decay, step):
+    average, model = tiny(), randomized(copy.deepcopy(tiny()), 2.0)
+    used = min(decay, (1 + step) / (10 + step))
+    want = [used * a + (1 - used) * b for a, b in zip(average.parameters(), model.parameters())]
+    before = [p.clone() for p in model.parameters()]
+    ema_update(average, model, decay, step)
+    assert_close(list(average.parameters()), want)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before))
+    assert not any(p.grad_fn for p in average.parameters())
+
+
+def test_ema_forgets_the_start_and_has_the_memory_that_its_decay_says():
+    average, model = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    average.weight.data[:] = 1e6
+    for step in range(300):
+        model.weight.data[:] = step
+        ema_update(average, model, 0.9, step)
+    late = 0.9 / (1 - 0.9)                                          # steps that a mean lags behind a line
+    assert abs(average.weight.item() - (299 - late)) < 1e-6
+    ema_update(average, model, 0.0, 300)
+    assert average.weight.item() == 299
+
+
+# Devices, types, sizes --------------------------------------------------------------------------------------
+
+def on_meta(cfg, size=2, n_pictures=2):
+    """A training step of either network, a sampled chain, a differentiated step: no host sync anywhere."""
+    with torch.device("meta"):
+        net, autoencoder = Denoiser(cfg, 50, 4, 64), Autoencoder(cfg)
+        prompt, prefs = torch.ones(size, 3, dtype=torch.int64), torch.zeros(size, 4, dtype=torch.int64)
+        x = torch.zeros(n_pictures, 3, cfg.size, cfg.size)
+    autoencoder.loss(x, 0.1).backward()
+    z = autoencoder.encode(x).detach()
+    autoencoder.standardize(z)
+    loss = net.loss(z, prompt, prefs)
+    loss.backward()
+    for network in (net, autoencoder):
+        optimizer = torch.optim.AdamW(network.parameters())
+        assert all(p.grad.shape == p.shape and p.grad.is_meta for p in network.parameters())
+        optimizer.step()
+    chain = sample_latents(net, prompt, prefs, None, 2.0, 3)
+    autoencoder.decode(chain[-1])
+    mean, std = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
+    (mean / std).sum().backward()
+    ema_update(net, net, 0.9, 1)
+    assert loss.is_meta and mean.is_meta and std.is_meta and chain.is_meta
+    assert mean.shape == chain[0].shape == z.shape
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_training_and_sampling_run_on_the_meta_device_up_to_100_million_parameters():
+    on_meta(ImageConfig())
+    on_meta(ImageConfig(**TINY))
+    assert 90e6 < on_meta(ImageConfig(**LARGE)) < 150e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_stays(dtype):
+    net, (z, t, prompt, prefs) = tiny(dtype=dtype), batch()
+    z, autoencoder = z.to(dtype), tiny_autoencoder(dtype)
+    chain = sample_latents(net, prompt, prefs, rng(), 2.0, 3)
+    for x in (net.loss(z, prompt, prefs, rng()), chain, *transition(net, chain, 0, prompt, prefs, 2.0, 1.0),
+              autoencoder.loss(pictures(2).to(dtype), 0.1, rng()), autoencoder.encode(pictures(2).to(dtype)),
+              autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
+        assert x.dtype == dtype
+
+
+def test_mixed_precision_keeps_chain_loss_and_transition_in_fp32():
+    net, (z, _, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    loss, chain = net.loss(z.float(), prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 2.0, 3)
+    exact = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(chain[0], torch.rand(4), prompt, prefs).dtype == torch.bfloat16      # autocast is at work
+        step = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
+        drawn = sample_latents(net, prompt, prefs, rng(), 2.0, 3)
+        rough = net.loss(z.float(), prompt, prefs, rng()), *step, drawn
+    for got, want in zip(rough, (loss, *exact, chain)):
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_empty_and_single_batches(size):
+    net, (z, t, prompt, prefs) = tiny(), (x[:size] for x in batch())
+    autoencoder, x = tiny_autoencoder(), pictures(2)[:size]
+    whole = tiny_autoencoder().encode(pictures(2))
+    assert_close(autoencoder.encode(x), whole[:size])
+    assert autoencoder.decode(whole[:size]).shape == x.shape
+    assert_close(net(z, t, prompt, prefs), net(*batch())[:size])
+    for guidance in (1.0, 2.0):
+        chain = sample_latents(net, prompt, prefs, rng(), guidance, 3)
+        assert chain.shape == (4, size, 2, 4, 4) and chain.isfinite().all()
+        assert transition(net, chain, 0, prompt, prefs, guidance, 1.0)[0].shape == z.shape
+
+
+# Errors -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("field, value, cure", [
+    ("size", 30, "need a multiple of 8"), ("ae_width", 24, "need a multiple of 16"),
+    ("width", 12, "need a multiple of 8"), ("heads", 5, "need a divisor of 2 width = 192"),
+    ("null_rate", 1.0, "need 0 <= null_rate < 1"), ("ema", 1.0, "need 0 <= ema < 1"),
+    ("eta", 1.01, "need 0 <= eta <= 1"), ("size", -8, "need a finite size >= 1"),
+    ("lr", math.inf, "need a finite lr >= 0"),
+    *[(f.name, 0, f"need a finite {f.name} >= 1") for f in fields(ImageConfig) if f.type is int],
+    *[(f.name, value, f"need a finite {f.name} >= 0") for f in fields(ImageConfig) if f.type is float
+      for value in (-0.1, math.nan)]])
+def test_config_errors_name_field_value_and_cure(field, value, cure):
+    with pytest.raises(ValueError, match=rf"^ImageConfig\.{field}={value}: {cure}$"):
+        ImageConfig(**{field: value})
+
+
+def test_config_accepts_the_ends_of_its_ranges():
+    ImageConfig(size=8, ae_width=16, width=8, heads=16, eta=0.0, ema=0.0, null_rate=0.0, guidance=0.0, lr=0.0)
+
+
+@pytest.mark.parametrize("call", ["encode", "posterior", "loss"])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 16, 12), (2, 1, 16, 16), (3, 16, 16)])
+def test_pictures_of_another_size_are_refused_with_both_sizes_and_the_cure(call, shape):
+    args = (0.1,) if call == "loss" else ()
+    text = rf"pictures \({', '.join(map(str, shape))}\): need .*ImageConfig\.size = 16; resize them or set"
+    with pytest.raises(ValueError, match=text):
+        getattr(tiny_autoencoder(), call)(torch.zeros(shape, dtype=torch.float64), *args)
+
+
+def test_shape_errors_name_both_sizes_and_the_cure():
+    net, (z, t, prompt, prefs) = tiny(), batch()
+
+    def refused(text, function, *args):
+        with pytest.raises(ValueError, match=text):
+            function(*args)
+    for latents in (z[:, :1], z[..., :2], z[0]):        # the first would broadcast
+        refused(r"Autoencoder: latents \(.*\): need .* \(2, 4, 4\) after B.*ImageConfig",
+                tiny_autoencoder().decode, latents)
+    for latents in (z[:, :1], z[..., :2], z[:1]):       # the last would broadcast
+        refused(r"Denoiser: latents \(.*\) for prompt \(4, 3\): need .* = \(4, 2, 4, 4\), as ImageConfig",
+                net, latents, t, prompt, prefs)
+    for wrong in (prefs[:, :1], prefs[:3], prefs[0]):
+        refused(r"prefs \(.*\) for prompt \(4, 3\): need \(B, M\) = \(4, 2\)", net, z, t, prompt, wrong)
+    for sizes in ((0, 2, 3), (5, 0, 3), (5, 2, 0)):
+        refused("Denoiser: n_words={}, levels={}, codes={}: need each >= 1".format(*sizes), Denoiser,
+                ImageConfig(**TINY), *sizes)
+
+
+def test_steps_without_a_density_and_chains_without_steps_are_refused():
+    net, (_, _, prompt, prefs) = tiny(), batch()
+    chain = sample_latents(net, prompt, prefs, rng(), steps=3)
+    for k, eta in ((2, 1.0), (3, 1.0), (-1, 1.0), (0, 0.0)):
+        with pytest.raises(ValueError, match=rf"step {k} of 3 at eta={eta} has no density: need 0 <= k < 2"):
+            transition(net, chain, k, prompt, prefs, 1.0, eta)
+    for steps, eta in ((0, 1.0), (3, -0.1), (3, 1.1), (3, math.nan)):
+        with pytest.raises(ValueError, match=f"steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1"):
+            sample_latents(net, prompt, prefs, rng(), steps=steps, eta=eta)
