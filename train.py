@@ -512,7 +512,7 @@ def train_codebook(run: Run) -> str:
     for m, (p, e) in rows.items():
         codes, unit = getattr(model, f"tokens_{m}")[run.users], model.decode_tokens(m)
         quantized[m] = unit * p.norm(dim=1, keepdim=True), e
-        kept = explained(p[run.users], unit[run.users])
+        kept = explained(p[run.users], unit[run.users].detach())
         run.metrics["codebook"][m] = codebook_health(codes, cfg.codes) | {"explained": kept}
     recall = rank(run, quantized, run.liked.cpu(), torch.stack(run.data.pairs(TEST)))["recall@20"]
     run.metrics["stage1"]["recall@20_quantized"] = recall

@@ -662,21 +662,18 @@ def test_ema_forgets_the_start_and_has_the_memory_that_its_decay_says():
 
 # Devices, types, sizes --------------------------------------------------------------------------------------
 
-def on_meta(cfg, size=2, n_pictures=2):
+def on_meta(cfg, size=2):
     """A training step of either network, a sampled chain, a differentiated step: no host sync anywhere."""
     with torch.device("meta"):
         net, autoencoder = Denoiser(cfg, 50, 4, 64), Autoencoder(cfg)
         prompt, prefs = torch.ones(size, 3, dtype=torch.int64), torch.zeros(size, 4, dtype=torch.int64)
-        x = torch.zeros(n_pictures, 3, cfg.size, cfg.size)
+        x = torch.zeros(size, 3, cfg.size, cfg.size)
     autoencoder.loss(x, 0.1).backward()
     z = autoencoder.encode(x).detach()
     autoencoder.standardize(z)
     loss = net.loss(z, prompt, prefs)
     loss.backward()
-    for network in (net, autoencoder):
-        optimizer = torch.optim.AdamW(network.parameters())
-        assert all(p.grad.shape == p.shape and p.grad.is_meta for p in network.parameters())
-        optimizer.step()
+    assert all(p.grad.shape == p.shape and p.grad.is_meta for p in (*net.parameters(), *autoencoder.parameters()))
     chain = sample_latents(net, prompt, prefs, None, 2.0, 3)
     autoencoder.decode(chain[-1])
     mean, std = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
@@ -689,7 +686,6 @@ def on_meta(cfg, size=2, n_pictures=2):
 
 def test_training_and_sampling_run_on_the_meta_device_up_to_100_million_parameters():
     on_meta(ImageConfig())
-    on_meta(ImageConfig(**TINY))
     assert 90e6 < on_meta(ImageConfig(**LARGE)) < 150e6
 
 

@@ -14,9 +14,9 @@ from torch.autograd import gradcheck
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
 
-from reward import (RewardConfig, Scorer, categorical_kl, consistency, disjoint_halves,
-                    frechet_distance, gaussian_kl, gaussian_log_prob, info_nce, interval, judge_consistency,
-                    judge_prompt, leave_one_out, normalize_group, pair_reward, reinforce_loss, same_rows,
+from reward import (Content, RewardConfig, Scorer, categorical_kl, consistency, disjoint_halves, embed,
+                    frechet_distance, frechet_interval, gaussian_kl, gaussian_log_prob, info_nce, interval,
+                    judge_consistency, judge_measures, judge_prompt, leave_one_out, normalize_group, pair_reward, reinforce_loss, same_rows,
                     swap_share, taste, token_optimizer)
 
 CFG = RewardConfig(scorer_width=8, scorer_dim=16)
@@ -500,6 +500,34 @@ def test_taste_is_the_mean_liked_embedding_minus_everybodys():
     assert_close(got[0], (e[1] + e[4]) / 2 - everybody)
     assert_close(got[2], (2 * e[0] + e[3]) / 3 - everybody)
     assert (got[[1, 3]] == 0).all() and F.cosine_similarity(got[[1]], e[[0]]) == 0
+
+
+def test_judge_measures_scores_each_modality_by_its_own_embedding_and_taste():
+    judge, (images, tokens, _), (others, other_tokens, _) = scorer(), batch(7), batch(7, seed=1)
+    own, other = Content(images, tokens), Content(others, other_tokens)
+    in_batches = embed(judge, own, batch=3)
+    x, y = judge.encode_image(images), judge.encode_text(tokens)
+    assert_close(in_batches, {"image": x, "text": y})
+    likes = {"image": x + 0.1 * normal(7, 16), "text": judge.encode_text(other_tokens)}  # my images, their texts
+    prompts, index = torch.tensor([[1, 0], [2, 3], [5, 0]]), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    found, topic = judge_measures(judge, own, other, likes, prompts, index), judge.encode_prompt(prompts)
+    assert_close(found, {"judge_consistency": judge_consistency(x, y),
+                         "judge_swap_image": torch.ones(7, dtype=torch.float64),
+                         "judge_swap_text": torch.zeros(7, dtype=torch.float64),
+                         "judge_prompt_image": judge_prompt(x, topic, index),
+                         "judge_prompt_text": judge_prompt(y, topic, index)})
+    assert not any(v.requires_grad for v in found.values())
+    assert "judge_prompt_text" not in judge_measures(judge, own, other, likes, prompts[:1], index * 0)
+
+
+def test_frechet_interval_is_the_delete_a_group_jackknife():
+    made, real, group = normal(60, 3), normal(80, 3, seed=1) + 1, torch.arange(60) % 5
+    left = [frechet_distance(made[[k for k in range(60) if k % 5 != g]], real) for g in range(5)]
+    error = (4 / 5 * sum((d - sum(left) / 5) ** 2 for d in left)) ** 0.5
+    got = frechet_interval(made, real, group, n_groups=5)
+    assert got["mean"] == frechet_distance(made, real)
+    assert got["high"] - got["mean"] == pytest.approx(scipy.stats.t.ppf(0.975, 4) * error)
+    assert got["mean"] - got["low"] == pytest.approx(got["high"] - got["mean"])
 
 
 def test_interval_without_clusters_is_students():

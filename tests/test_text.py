@@ -151,14 +151,14 @@ def slow_logits(decoder, tokens, prompt, prefs):
         xs.append(decoder.tokens.weight[token] + decoder.position[t])
     for block in decoder.blocks:
         projected = [block.qkv.weight @ norm(x, block.attention_norm.weight) for x in xs]
-        projected = [x.view(3, cfg.heads, size) for x in projected]
+        projected = [x.split([cfg.width, size, size]) for x in projected]   # one key, value for all heads
         mixed = []
         for i, (query, _, _) in enumerate(projected):
             seen = projected[:max(i + 1, n_prefix)]
             heads = []
-            for h in range(cfg.heads):
-                weight = torch.stack([query[h] @ key[h] / math.sqrt(size) for _, key, _ in seen]).softmax(0)
-                heads.append(sum(w * value[h] for w, (_, _, value) in zip(weight, seen)))
+            for h in query.view(cfg.heads, size):
+                weight = torch.stack([h @ key / math.sqrt(size) for _, key, _ in seen]).softmax(0)
+                heads.append(sum(w * value for w, (_, _, value) in zip(weight, seen)))
             mixed.append(xs[i] + block.project.weight @ torch.cat(heads))
         hidden = [F.silu(block.expand.weight @ norm(x, block.mlp_norm.weight)) for x in mixed]
         xs = [x + block.contract.weight @ h for x, h in zip(mixed, hidden)]
