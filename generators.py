@@ -28,7 +28,7 @@ class TextConfig:
     context: int = 48             # longest text, tokens with the end token; longer texts are cut
     vocab_size: int = 512         # V: 3 special tokens + 256 bytes + merges
     null_rate: float = 0.15       # share of texts trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 3.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     temperature: float = 1.0      # of sampling; 0 is greedy
     top_p: float = 0.95           # probability mass of the nucleus sampled from; 1 is all (1904.09751)
     learning_rate: float = 2e-3   # AdamW's peak, after the warm-up
@@ -473,14 +473,16 @@ class ImageConfig:
     layers: int = 1               # residual blocks at H/4, each way; one more at H/8
     heads: int = 4                # attention heads; must divide 2 width
     null_rate: float = 0.15       # share of pictures trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 3.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     sampling_steps: int = 8       # S, DDIM steps
     eta: float = 1.0              # DDIM noise: 0 none, 1 ancestral: steps are Gaussian (2010.02502)
     lr: float = 2e-3              # peak learning rate of the denoiser (AdamW), falling to 0 from half-way on
     weight_decay: float = 0.01    # AdamW, of autoencoder and denoiser
     ema: float = 0.998            # decay per step of the mean of the denoiser's weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
-    steps: int = 1500             # optimizer steps of the denoiser
+    steps: int = 2400             # optimizer steps of the denoiser
+    time_mean: float = 0.7        # of the logit of a training time: above 0, where tokens and prompt decide (2403.03206)
+    time_std: float = 1.2         # likewise its standard deviation
 
     def __post_init__(self):
         for field in fields(self):
@@ -695,7 +697,7 @@ class Denoiser(nn.Module):
         About 1 at initialization."""
         u = torch.randn(len(z), generator=generator, device=z.device, dtype=z.dtype)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        t = u.sigmoid()
+        t = (self.cfg.time_mean + self.cfg.time_std * u).sigmoid()
         alpha, sigma = (x[:, None, None, None] for x in alpha_sigma(t))
         v = self(alpha * z + sigma * eps, t, prompt, prefs)
         return F.mse_loss(v.to(z.dtype), alpha * eps - sigma * z)

@@ -281,12 +281,13 @@ def categorical_kl(log_p: Tensor, log_q: Tensor, keep: Tensor | None = None) -> 
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 
-def token_optimizer(table: nn.Parameter, lr: float) -> torch.optim.Adam:
-    """Adam (0.9, 0.95), without weight decay, for a table of preference tokens (R, D).
+def token_optimizer(tables: dict[str, Tensor], cfg: RewardConfig) -> torch.optim.Adam:
+    """Adam (0.9, 0.95), without weight decay, for preference tokens {"image": (R, D), "text": (R, D)}.
     A row that no sample used has no gradient.  AdamW still shrinks it, by lr * weight_decay a round; Adam
     leaves a row that was never used as it is, to the bit.  A row used before goes on for some rounds by its
     momentum, that is by its own earlier gradients (per-row moments that wait instead learnt less)."""
-    return torch.optim.Adam([table], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": [table], "lr": getattr(cfg, f"lr_{m}")} for m, table in tables.items()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # ---- the judge: how good is a pair, on any data ------------------------------------------------------------

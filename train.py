@@ -47,7 +47,7 @@ from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, Checkpoint
 from generators import Tokenizer, ema_update
 from gnn import bpr_loss, build_graph, ranking_metrics, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
-                    judge_measures, swap_share, taste)
+                    judge_measures, swap_share, taste, token_optimizer)
 from vq import code_lift, codebook_health, explained, linear_probe
 
 
@@ -63,15 +63,12 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # between two checkpoints within a stage
 
     def __post_init__(self):
-        for name, low in (("items", 16), ("users", 4), ("interactions", 10), ("referee_pictures", 16), ("referee_steps", 1),
-                          ("pairs", 2), ("new_users", 0), ("checkpoint_seconds", 0)):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < low:
-                raise ValueError(f"TrainConfig.{name}={value}: need a finite {name} >= {low}")
-        if self.interactions > self.items // 2:
-            raise ValueError(f"TrainConfig.interactions={self.interactions}: need at most half of items={self.items}")
-        if self.new_users > 0.5:
-            raise ValueError(f"TrainConfig.new_users={self.new_users}: need new_users <= 0.5")
+        low = dict(items=16, users=4, interactions=10, referee_pictures=16, referee_steps=1, pairs=2)
+        high = dict(interactions=self.items // 2, new_users=0.5)
+        for name, value in vars(self).items():
+            if not low.get(name, 0) <= value <= high.get(name, sys.maxsize):
+                raise ValueError(f"TrainConfig.{name}={value}: need {low.get(name, 0)} <= {name}"
+                                 + f" <= {high[name]}" * (name in high) + ", finite")
 
 
 # ---- stickers: data whose tastes are known --------------------------------------------------------------------------
@@ -99,35 +96,23 @@ SKY = {"dawn": ((255, 200, 190), (255, 235, 200)), "day": ((120, 190, 250), (205
 SIDE, FINE = 32, 4                          # pixels of a sticker; drawn so many times larger, then averaged
 
 
-def _star() -> list[tuple[float, float]]:
-    """Ten corners on two circles."""
-    return [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate((1.05, 0.5) * 5)]
-
-
-def _heart() -> list[tuple[float, float]]:
-    t = np.linspace(0, 2 * np.pi, 40)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return list(zip(16 * np.sin(t) ** 3 / 17, (-y - 1) / 15))
-
-
-def _flower() -> list[tuple[str, tuple]]:
-    """Five petals around a disc."""
-    angles = np.arange(5) * math.tau / 5 - math.pi / 2
-    discs = [(0, 0, 0.4)] + [(0.58 * math.cos(a), 0.58 * math.sin(a), 0.38) for a in angles]
-    return [("ellipse", (x - r, y - r, x + r, y + r)) for x, y, r in discs]
+def _on_circles(*radii: float, n: int, turn: float = -math.pi / 2) -> list[tuple[float, float]]:
+    """n points around the origin, at the radii in turn."""
+    angles = [turn + k * math.tau / n for k in range(n)]
+    return [(radii[k % len(radii)] * math.cos(a), radii[k % len(radii)] * math.sin(a)) for k, a in enumerate(angles)]
 
 
 SHAPES = {      # on [-1, 1]^2: corners of a polygon, box of an ellipse, box of an ellipse that is cut out again
     "fish": [("ellipse", (-0.95, -0.6, 0.55, 0.6)), ("polygon", [(0.3, 0), (0.98, -0.6), (0.98, 0.6)])],
-    "house": [("polygon", [(-0.75, -0.1), (0.75, -0.1), (0.75, 0.9), (-0.75, 0.9)]),
-              ("polygon", [(-1, -0.1), (0, -0.95), (1, -0.1)])],
+    "house": [("polygon", [(-0.75, 0.9), (-0.75, -0.1), (-1, -0.1), (0, -0.95), (1, -0.1), (0.75, -0.1), (0.75, 0.9)])],
     "tree": [("ellipse", (-0.8, -1, 0.8, 0.45)), ("polygon", [(-0.22, 0.3), (0.22, 0.3), (0.3, 1), (-0.3, 1)])],
     "boat": [("polygon", [(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]), ("polygon", [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)]),
              ("polygon", [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)])],
-    "star": [("polygon", _star())],
-    "heart": [("polygon", _heart())],
+    "star": [("polygon", _on_circles(1.05, 0.5, n=10))],
+    "heart": [("ellipse", (-0.94, -0.87, 0.06, 0.13)), ("ellipse", (-0.06, -0.87, 0.94, 0.13)),
+              ("polygon", [(-0.86, -0.1), (0, -0.45), (0.86, -0.1), (0, 0.95)])],
     "moon": [("ellipse", (-0.95, -0.95, 0.95, 0.95)), ("cut", (0.05, -0.8, 1.35, 0.5))],
-    "flower": _flower(),
+    "flower": [("ellipse", (x - 0.38, y - 0.38, x + 0.38, y + 0.38)) for x, y in [(0, 0), *_on_circles(0.58, n=5)]],
 }
 
 
@@ -621,8 +606,7 @@ def train_reward(run: Run) -> str:
         run.tables = {m: table.detach().clone() for m, table in tables.items()}
         watch(run)
     model.requires_grad_(False)
-    optimizer = torch.optim.Adam([{"params": [tables[m].requires_grad_()], "lr": getattr(cfg, f"lr_{m}")} for m in MODALITIES],
-                                 betas=(0.9, 0.95))
+    optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
 
     def losses(generator):
         user, item = run.liked[:, draw(run.liked.shape[1], cfg.groups, generator)]

@@ -1,23 +1,21 @@
-"""gnn.py against dense matrices, loops and planted tastes. U = 6 users, I = 8 items in most; user 4 likes nothing,
-user 5 everything, item 7 is liked by user 5 alone."""
+"""gnn.py against dense matrices, loops and planted tastes. In most, U = 6 users and I = 8 items; user 3 likes all
+items but one, user 4 nothing, user 5 everything."""
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import gnn  # noqa: E402
-from gnn import GNNConfig, ModalGNN, build_graph, ranking_metrics  # noqa: E402
+import gnn
+from gnn import GNNConfig, ModalGNN, build_graph, ranking_metrics
 
-PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4), (3, 5), (3, 6)]
-PAIRS += [(5, i) for i in range(8)]                 # (0, 1) is there twice
+PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6)]         # (0, 1) is there twice
+PAIRS += [(3, i) for i in range(7)] + [(5, i) for i in range(8)]
 U, I = 6, 8
-LASTFM = Path(__file__).parents[2] / "shared" / "data" / "lastfm"
+LASTFM = ROOT.parent / "shared" / "data" / "lastfm"
 
 
 def seeded(seed=0):
@@ -87,7 +85,8 @@ def test_graph_rejects_ids_out_of_range(user, item, message):
         build_graph(torch.tensor(user), torch.tensor(item), U, I)
 
 
-@pytest.mark.parametrize("matrix", [[[0.0, 1.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+@pytest.mark.parametrize("matrix", [[[0.0, 1.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]],
+                                    [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]])
 def test_symmetric_csr_rejects_what_differs_from_its_transpose(matrix):
     with pytest.raises(ValueError, match="differs from its transpose"):
         gnn.symmetric_csr(matrix)
@@ -316,7 +315,7 @@ def test_content_embeds_alike_whatever_the_unit_of_the_features(graph):
 def test_model_names_its_errors():
     with pytest.raises(ValueError, match="features is empty"):
         ModalGNN(U, I, {}, GNNConfig())
-    with pytest.raises(ValueError, match=r"features\['image'\] is \(7, 5\); need one row for each of the 8 items"):
+    with pytest.raises(ValueError, match=r"the features of 'image' are \(7, 5\); need \(8, 5\), one row for each item"):
         ModalGNN(U, I, {"image": torch.zeros(7, 5)}, GNNConfig())
     model, _ = make_model(("image", "id"))
     for modality in ("id", "sound"):
@@ -326,10 +325,21 @@ def test_model_names_its_errors():
 
 def test_state_dict_holds_what_is_learnt_and_loads(graph):
     model, given = make_model(("image", "id"))
-    assert set(model.state_dict()) == {"user.image", "user.id", "item.image", "item.id"}
-    other = ModalGNN(U, I, {"image": given["image"], "id": None}, GNNConfig(dim=4), seeded(9)).double()
+    assert set(model.state_dict()) == {"user.image", "user.id", "item.image", "item.id", "features_image", "gain_image"}
+    other = ModalGNN(U, I, {"image": torch.zeros(I, 5), "id": None}, GNNConfig(dim=4), seeded(9)).double()
     other.load_state_dict(model.state_dict())
-    assert_close(other(graph), model(graph), rtol=1e-6, atol=1e-6)
+    for m in ("image", "id"):
+        assert all(map(torch.equal, other(graph)[m], model(graph)[m]))
+
+
+def test_features_can_be_set_later(graph):
+    f = normal(I, 5).float()
+    one, two = (ModalGNN(U, I, {"image": first}, GNNConfig(dim=4), seeded()) for first in (f, torch.zeros(I, 5)))
+    two.set_features("image", f)
+    assert all(map(torch.equal, one(graph)["image"], two(graph)["image"]))
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+    with pytest.raises(ValueError, match=r"the features of 'image' are \(5,\); need \(8, 5\), one row for each item"):
+        two.set_features("image", f[0])
 
 
 # ---------------------------------------------------------------- folding in
@@ -473,7 +483,7 @@ def test_ranking_matches_brute_force_ties_and_missing_users_included(levels, k, 
     want = brute_force(user_emb @ item_emb.T, seen, test, k)
     assert ranking.user.tolist() == list(want)
     assert_close(torch.stack([ranking.recall, ranking.ndcg], dim=1), torch.tensor(list(want.values()), dtype=torch.float64))
-    assert ranking.recall.dtype == torch.float64 and ranking.recall.std() > 0
+    assert k < 5 or ranking.recall.std() > 0                         # else the test would say little
 
 
 def test_equal_scores_rank_by_ascending_id():

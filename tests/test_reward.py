@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from reward import (Content, RewardConfig, Scorer, categorical_kl, consistency, disjoint_halves, embed,
                     frechet_distance, frechet_interval, gaussian_kl, gaussian_log_prob, info_nce, interval,
-                    judge_consistency, judge_measures, judge_prompt, leave_one_out, normalize_group, pair_reward, reinforce_loss, same_rows,
-                    swap_share, taste, token_optimizer)
+                    judge_consistency, judge_measures, judge_prompt, leave_one_out, normalize_group,
+                    pair_reward, reinforce_loss, same_rows, swap_share, taste, token_optimizer)
 
 CFG = RewardConfig(scorer_width=8, scorer_dim=16)
 PLAIN = replace(CFG, scorer_shift=0, scorer_drop=0.0)      # the loss without augmentation: no randomness left
@@ -377,6 +377,9 @@ def test_categorical_kl_of_a_nucleus_is_finite_with_a_finite_gradient():
 
 # ---- the optimizer: only rows that were used
 
+FAST = RewardConfig(lr_text=0.1)
+
+
 def moved_rows(optimizer, table, rounds):
     """For each round, the rows that it changed, when it gives a gradient to the named rows only."""
     changed = []
@@ -392,12 +395,22 @@ def moved_rows(optimizer, table, rounds):
 def test_adamw_moves_rows_without_gradient_and_token_optimizer_does_not():
     table = nn.Parameter(normal(4, 3))
     assert moved_rows(torch.optim.AdamW([table], lr=0.1), table, [[0]]) == [[0, 1, 2, 3]]          # the trap
-    assert moved_rows(token_optimizer(table, 0.1), table, 9 * [[0]]) == 9 * [[0]]
+    assert moved_rows(token_optimizer({"text": table}, FAST), table, 9 * [[0]]) == 9 * [[0]]
+
+
+def test_each_table_has_its_own_learning_rate():
+    tables = {m: nn.Parameter(normal(2, 3)) for m in ("text", "image")}
+    before = {m: table.detach().clone() for m, table in tables.items()}
+    for table in tables.values():
+        table.grad = torch.ones_like(table)
+    token_optimizer(tables, RewardConfig(lr_image=0.5, lr_text=0.25)).step()
+    assert_close({m: before[m] - tables[m].detach() for m in tables},              # Adam's first step is lr
+                 {"text": torch.full_like(table, 0.25), "image": torch.full_like(table, 0.5)})
 
 
 def test_momentum_moves_only_rows_used_before_and_dies_out():
     table = nn.Parameter(normal(4, 3))
-    start, optimizer = table.detach().clone(), token_optimizer(table, 0.1)
+    start, optimizer = table.detach().clone(), token_optimizer({"text": table}, FAST)
     assert moved_rows(optimizer, table, [[1], [0], [2]]) == [[1], [0, 1], [0, 1, 2]]
     after_three = table.detach().clone()
     moved_rows(optimizer, table, 200 * [[0]])
@@ -414,7 +427,8 @@ def test_reinforce_learns_the_rewarded_action_and_leaves_the_rest_to_the_bit():
         head.weight.copy_(normal(3, 6, seed=1))
         head.bias.zero_()
     before = [p.clone() for p in (table.weight, head.weight, head.bias)]
-    opt, best = token_optimizer(table.weight, 0.05), torch.tensor([2, 0])     # row 0 -> action 2, row 1 -> 0
+    opt = token_optimizer({"text": table.weight}, RewardConfig(lr_text=0.05))
+    best = torch.tensor([2, 0])  # row 0 -> action 2, row 1 -> 0
     for _ in range(60):
         log_pi = head(table(torch.arange(2))).log_softmax(-1)                      # (G, 3)
         action = torch.multinomial(log_pi.detach().exp(), 8, replacement=True, generator=g)          # (G, S)
@@ -508,7 +522,7 @@ def test_judge_measures_scores_each_modality_by_its_own_embedding_and_taste():
     in_batches = embed(judge, own, batch=3)
     x, y = judge.encode_image(images), judge.encode_text(tokens)
     assert_close(in_batches, {"image": x, "text": y})
-    likes = {"image": x + 0.1 * normal(7, 16), "text": judge.encode_text(other_tokens)}  # my images, their texts
+    likes = {"image": x + 0.1 * normal(7, 16), "text": judge.encode_text(other_tokens)}  # text: theirs
     prompts, index = torch.tensor([[1, 0], [2, 3], [5, 0]]), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     found, topic = judge_measures(judge, own, other, likes, prompts, index), judge.encode_prompt(prompts)
     assert_close(found, {"judge_consistency": judge_consistency(x, y),
@@ -575,7 +589,7 @@ def test_every_training_step_runs_on_the_meta_device():
         log_p = mean.flatten(0, 1).log_softmax(-1)
         drift = gaussian_kl(mean, mean, 0.5).mean() + categorical_kl(log_p, log_p.detach()).mean()
         (reinforce_loss(log_prob, leave_one_out(reward)) + drift).backward()
-    token_optimizer(table.weight, 0.1).step()
+    token_optimizer({"image": table.weight}, CFG).step()
     assert s.log_scale.grad.is_meta and table.weight.grad.is_meta and parts.consistency.is_meta
 
 
