@@ -80,8 +80,7 @@ def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph
     n = n_users + n_items
     ones = np.ones(user.size, np.float32)
     likes = scipy.sparse.coo_array((ones, (user, n_users + item)), shape=(n, n)).tocsr()
-    likes.data[:] = 1                                       # tocsr() has summed repeated pairs
-    adj = (likes + likes.T).tocoo()
+    adj = (likes + likes.T).tocoo()                         # one entry an edge: tocsr() has merged repeated pairs
     scale = 1 / np.sqrt(np.maximum(np.bincount(adj.row, minlength=n), 1))       # (N,) degree^-1/2
     adj.data = scale[adj.row] * scale[adj.col]
     row_ptr, col, weight = symmetric_csr(adj)

@@ -30,6 +30,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -844,28 +845,27 @@ def report_curves(run: Run) -> str:
 
 def report_codes(run: Run) -> str:
     """What each code of the first level means: the words and values that its users like most above average."""
-    names = [f"{a} {v}" for a, values in ATTRIBUTES.items() for v in values] if run.world else None
-    if names:
-        traits = torch.cat([F.one_hot(torch.from_numpy(run.world.items[:, k]), len(v)) for k, v in enumerate(ATTRIBUTES.values())], 1)
+    if run.world:
+        words = [{f"{a} {ATTRIBUTES[a][v]}" for a, v in zip(ATTRIBUTES, values)} for values in run.world.items]
     else:
         words = [set(re.findall(r"\w+", f"{text} {' '.join(p)}".casefold())) for text, p in zip(run.data.texts, run.data.prompts)]
-        names = sorted(w for w in set().union(*words) if sum(w in has for has in words) >= max(5, len(words) // 200))
-        traits = torch.tensor([[w in has for w in names] for has in words])
+    common = Counter(word for has in words for word in has)
+    names = sorted(word for word, n in common.items() if n >= max(2, len(words) // 200))
+    traits = torch.tensor([[word in has for word in names] for has in words])               # (I, W)
     users, rows = run.users.cpu(), []
     shares = taste(traits.double(), *run.liked.cpu(), len(run.data.user_ids))[users]                    # (U, W)
     for m in MODALITIES:
         lift = code_lift(getattr(run.model, f"tokens_{m}").cpu()[users, 0], shares, run.cfg.vq.codes)   # (K, W)
         for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):
             rows.append([m, str(code), ", ".join(f"{names[i]} (+{v:.1f})" for v, i in zip(value, place.tolist()) if v > 1)])
-    return ("<h2>What each code means</h2><p>First level: what its users like above average, in standard errors.</p><details>"
-            f"<summary>{len(rows)} codes</summary>{table(['modality', 'code', 'liked above average'], rows)}</details>")
+    return f"<h2>What each code of the first level means</h2>{table(['modality', 'code', 'liked above average (standard errors)'], rows)}"
 
 
 def shown_prompts(run: Run, n: int) -> Tensor:
     """An item for each of the n commonest prompts."""
     group = torch.unique(run.prompt, dim=0, return_inverse=True)[1]
-    common = group.bincount().argsort(descending=True, stable=True)[:n].tolist()
-    return torch.tensor([int((group == g).nonzero()[0]) for g in common], device=run.device)
+    common = group.bincount().argsort(descending=True, stable=True)[:n, None]               # (n, 1)
+    return (group == common).int().argmax(1)
 
 
 def report_grid(run: Run, users: Tensor) -> str:
@@ -968,7 +968,7 @@ def fork(run: Run, cfg: Config, out: Path, name: str) -> Run:
     new = Run(cfg, dataclasses.replace(run.train, new_users=0), run.data, run.world, out, run.device)
     new.out.mkdir(exist_ok=True)
     mine, theirs = new.modules.state_dict(), run.modules.state_dict()
-    new.modules.load_state_dict({k: theirs[k] if theirs[k].shape == v.shape else v for k, v in mine.items()})
+    new.modules.load_state_dict({k: theirs[k] if k in theirs and theirs[k].shape == v.shape else v for k, v in mine.items()})
     new.done, new.metrics, new.new = list(SHARED[name]), copy.deepcopy(run.metrics), run.new
     new.restore(out / "checkpoint.pt")
     return new
@@ -978,10 +978,10 @@ def study_rows(run: Run, name: str):
     """Yields the label and the forked, not yet trained run of each row, and the stages that it still needs."""
     cfg = run.cfg
     if name == "pareto":
+        yield "no reward", run, ()
         for p, c in RATIOS:
-            reward = dataclasses.replace(cfg.reward, lambda_p=p, lambda_c=c)
-            yield (f"{p:g} : {c:g}", fork(run, dataclasses.replace(cfg, reward=reward), run.out / f"ratio-{p:g}-{c:g}", name),
-                   ("reward", "evaluation"))
+            new = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, lambda_p=p, lambda_c=c))
+            yield f"{p:g} : {c:g}", fork(run, new, run.out / f"ratio-{p:g}-{c:g}", name), ("reward",)
         return
     for levels, codes in BITS:
         vq = dataclasses.replace(cfg.vq, levels=levels, codes=codes)
@@ -990,7 +990,7 @@ def study_rows(run: Run, name: str):
     vq = dataclasses.replace(cfg.vq, levels=1, codes=len(run.data.user_ids))
     raw = fork(run, dataclasses.replace(cfg, vq=vq), run.out / "raw", name)
     raw.model.use_raw_preferences()
-    yield f"raw vector: {32 * cfg.gnn.dim}", raw, ("text", "image")
+    yield f"raw vector = {32 * cfg.gnn.dim}", raw, ("text", "image")
 
 
 def run_study(run: Run, name: str):
@@ -1118,8 +1118,7 @@ def same_settings(out: Path, asked: dict, args: argparse.Namespace, given: dict[
 
 def free_folder(name: str) -> Path:
     """runs/NAME, or runs/NAME-2 and so on: the first that does not exist."""
-    paths = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
-    return next(path for path in paths if not path.exists())
+    return next(p for p in (Path("runs") / f"{name}{f'-{n}' * (n > 1)}" for n in range(1, 10**6)) if not p.exists())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
