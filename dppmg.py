@@ -491,6 +491,7 @@ class Catalogue:
     item_ids: list[str]         # I
     words: list[str]            # prompt phrases; phrase n has id n + 1, 0 is padding
     max_words: int              # P, phrases in the longest prompt
+    max_tokens: int             # T, tokens in the longest text; none longer is sampled
     merges: Tensor              # (n, 2) int64, the tokenizer's
     user: Tensor                # (E,) int64, training interactions
     item: Tensor                # (E,) int64
@@ -499,7 +500,8 @@ class Catalogue:
     def of(cls, data: Dataset, tokenizer: Tokenizer) -> "Catalogue":
         """The catalogue of a data set and the tokenizer trained on its texts."""
         user, item = data.pairs(TRAIN)
-        return cls(data.name, data.user_ids, data.item_ids, data.words, max(1, max(map(len, data.prompts))),
+        longest = max(len(tokenizer.encode(text)) + 1 for text in data.texts)
+        return cls(data.name, data.user_ids, data.item_ids, data.words, max(1, max(map(len, data.prompts))), longest,
                    tokenizer.state(), user, item)
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
@@ -520,29 +522,42 @@ def known(value: str, names: Sequence[str]) -> str:
 # ---- features: functions of content, not tables, so that they apply to what is generated too -------------------
 
 class LatentPCA(nn.Module):
-    """f^image: the whitened principal components of an image's latent. latents (B, C, h, h) -> (B, F)."""
+    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?), half of
+    its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
+    DEVIATION 14: the pooled half, relu of 512 fixed random 2 x 2 filters and their mean over the picture. Where things move
+    about, no linear map of the latent finds their colour: a probe reads a sticker's from 64 components right in 79 %, from 64
+    pooled ones in 99 %."""
 
-    def __init__(self, n_in: int, n_features: int):
+    def __init__(self, channels: int, side: int, n_features: int, n_filters: int = 512):
         super().__init__()
-        self.register_buffer("center", torch.zeros(n_in))
-        self.register_buffer("basis", torch.zeros(n_in, n_features))
+        fixed = torch.Generator().manual_seed(0)
+        self.register_buffer("filters", torch.randn(n_filters, channels, 2, 2, generator=fixed) / (4 * channels) ** 0.5)
+        self.register_buffer("bias", torch.randn(n_filters, generator=fixed))
+        for part, width in (("layout", channels * side * side), ("local", n_filters)):
+            self.register_buffer(f"{part}_center", torch.zeros(width))
+            self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
+
+    def _parts(self, latents: Tensor) -> dict[str, Tensor]:
+        pooled = F.conv2d(latents, self.filters, self.bias).relu().mean((2, 3))                 # (B, 512)
+        return {"layout": latents.flatten(1), "local": pooled}
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
-        return (latents.flatten(1) - self.center) @ self.basis
+        parts = self._parts(latents).items()
+        return torch.cat([(x - getattr(self, f"{p}_center")) @ getattr(self, f"{p}_basis") for p, x in parts], 1)
 
     @torch.no_grad()
     def fit(self, latents: Tensor):
-        """Set center and basis from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
-        x = latents.flatten(1).double()
-        center = x.mean(0)
-        variance, direction = torch.linalg.eigh((x - center).T @ (x - center) / len(x))         # ascending
-        n = min(self.basis.shape[1], len(variance))
-        top = variance.flip(0)[:n]
-        scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
-        self.center.copy_(center)
-        self.basis.zero_()
-        self.basis[:, :n] = direction.flip(1)[:, :n] * scale
+        """Set centers and bases from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
+        for part, x in self._parts(latents).items():
+            center, basis = x.double().mean(0), getattr(self, f"{part}_basis").zero_()
+            x = x.double() - center
+            variance, direction = torch.linalg.eigh(x.T @ x / len(x))                           # ascending
+            n = min(basis.shape[1], len(variance))
+            top = variance.flip(0)[:n]
+            scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
+            getattr(self, f"{part}_center").copy_(center)
+            basis[:, :n] = direction.flip(1)[:, :n] * scale
 
 
 class TfidfSVD(nn.Module):
@@ -605,7 +620,7 @@ class DPPMG(nn.Module):
         n_users, n_items, n_words = len(catalogue.user_ids), len(catalogue.item_ids), max(1, len(catalogue.words))
         vocab, side = self.tokenizer.vocab_size, cfg.image.size // 4
         self.autoencoder = Autoencoder(cfg.image)
-        self.image_features = LatentPCA(cfg.image.latent * side * side, cfg.method.image_features)
+        self.image_features = LatentPCA(cfg.image.latent, side, cfg.method.image_features)
         self.text_features = TfidfSVD(vocab, cfg.method.text_features)
         features = {"image": torch.zeros(n_items, cfg.method.image_features),
                     "text": torch.zeros(n_items, cfg.method.text_features)}
@@ -674,7 +689,8 @@ class DPPMG(nn.Module):
                       top_p: float | None = None) -> Tensor:
         """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
         cfg = self.cfg.text
-        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p or cfg.top_p).tokens
+        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p or cfg.top_p,
+                           min(cfg.context, self.catalogue.max_tokens)).tokens
 
     @torch.no_grad()
     def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,

@@ -80,7 +80,7 @@ def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph
     n = n_users + n_items
     ones = np.ones(user.size, np.float32)
     likes = scipy.sparse.coo_array((ones, (user, n_users + item)), shape=(n, n)).tocsr()
-    adj = (likes + likes.T).tocoo()                         # one entry an edge: tocsr() has merged repeated pairs
+    adj = (likes + likes.T).tocoo()                         # tocsr() has merged repeated pairs
     scale = 1 / np.sqrt(np.maximum(np.bincount(adj.row, minlength=n), 1))       # (N,) degree^-1/2
     adj.data = scale[adj.row] * scale[adj.col]
     row_ptr, col, weight = symmetric_csr(adj)
@@ -101,7 +101,8 @@ def _bag_product(graph: Graph, x: Tensor) -> Tensor:
 def _csr_product(graph: Graph, x: Tensor) -> Tensor:
     """The vendor's sparse product (cuSPARSE on its GPUs)."""
     n = len(graph.row_ptr) - 1
-    return torch.sparse_csr_tensor(graph.row_ptr, graph.col, graph.weight.to(x.dtype), (n, n)) @ x
+    weight = graph.weight.to(x.dtype)
+    return torch.sparse_csr_tensor(graph.row_ptr, graph.col, weight, (n, n), check_invariants=False) @ x
 
 
 def _index_add_product(graph: Graph, x: Tensor) -> Tensor:

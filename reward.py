@@ -33,7 +33,7 @@ class RewardConfig:
     rounds: int = 60                  # REINFORCE updates; 0 = no reward stage
     groups: int = 24                  # G, (user, prompt) groups in a round
     images: int = 8                   # S_i, images sampled in a group
-    texts: int = 32                   # S_t, texts sampled in a group: cheaper than images
+    texts: int = 16                   # S_t, texts sampled in a group: cheaper than images
     lr_image: float = 0.006           # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
     lr_text: float = 0.05             # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
     diffusion_steps: int = 8          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
