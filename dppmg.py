@@ -48,8 +48,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -57,7 +55,7 @@ from torch import Tensor, nn
 
 from generators import (EOS, PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
                         sample_latents, sample_text, text_distribution, transition)
-from gnn import GNNConfig, ModalGNN, build_graph
+from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
                     pair_reward, reinforce_loss)
 from vq import ResidualVQVAE, VQConfig
@@ -458,7 +456,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
-        """The Config whose asdict() this is. Raises ValueError on an unknown, missing or ill-typed setting."""
+        """The Config whose asdict() this is. Raises ValueError on an unknown or missing setting, TypeError on an ill-typed one."""
         parts = {}
         for group in fields(cls):
             part, given = type(group.default), values.get(group.name)
@@ -505,7 +503,7 @@ class Catalogue:
                    tokenizer.state(), user, item)
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Phrases -> (B, P) int64, padded with 0. Raises ValueError on an unknown phrase, or too many of them."""
+        """Phrases -> (B, P) int64, P >= max_words, padded with 0. Raises ValueError on an unknown phrase."""
         index = {word: n + 1 for n, word in enumerate(self.words)}
         for phrase in (phrase for phrases in prompts for phrase in phrases if phrase not in index):
             raise ValueError(f"unknown prompt word {_show(phrase)}: {known(phrase, self.words)}")
@@ -517,83 +515,6 @@ def known(value: str, names: Sequence[str]) -> str:
     """What could have been meant: the nearest of the names, and how many there are."""
     near = difflib.get_close_matches(value, names, n=8, cutoff=0.5) or list(names[:8])
     return f"known are {', '.join(near)}" + (f" and {len(names) - len(near):,} more" if len(near) < len(names) else "")
-
-
-# ---- features: functions of content, not tables, so that they apply to what is generated too -------------------
-
-class LatentPCA(nn.Module):
-    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?), half of
-    its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
-    DEVIATION 14: the pooled half, relu of 512 fixed random 2 x 2 filters and their mean over the picture. Where things move
-    about, no linear map of the latent finds their colour: a probe reads a sticker's from 64 components right in 79 %, from 64
-    pooled ones in 99 %."""
-
-    def __init__(self, channels: int, side: int, n_features: int, n_filters: int = 512):
-        super().__init__()
-        fixed = torch.Generator().manual_seed(0)
-        self.register_buffer("filters", torch.randn(n_filters, channels, 2, 2, generator=fixed) / (4 * channels) ** 0.5)
-        self.register_buffer("bias", torch.randn(n_filters, generator=fixed))
-        for part, width in (("layout", channels * side * side), ("local", n_filters)):
-            self.register_buffer(f"{part}_center", torch.zeros(width))
-            self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
-
-    def _parts(self, latents: Tensor) -> dict[str, Tensor]:
-        pooled = F.conv2d(latents, self.filters, self.bias).relu().mean((2, 3))                 # (B, 512)
-        return {"layout": latents.flatten(1), "local": pooled}
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
-        parts = self._parts(latents).items()
-        return torch.cat([(x - getattr(self, f"{p}_center")) @ getattr(self, f"{p}_basis") for p, x in parts], 1)
-
-    @torch.no_grad()
-    def fit(self, latents: Tensor):
-        """Set centers and bases from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
-        for part, x in self._parts(latents).items():
-            center, basis = x.double().mean(0), getattr(self, f"{part}_basis").zero_()
-            x = x.double() - center
-            variance, direction = torch.linalg.eigh(x.T @ x / len(x))                           # ascending
-            n = min(basis.shape[1], len(variance))
-            top = variance.flip(0)[:n]
-            scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
-            getattr(self, f"{part}_center").copy_(center)
-            basis[:, :n] = direction.flip(1)[:, :n] * scale
-
-
-class TfidfSVD(nn.Module):
-    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens. tokens (B, T) -> (B, F).
-    DEVIATION 6: the words of TF-IDF are the decoder's own tokens, which for all frequent words are the words: so the
-    feature of a generated text is a tensor function of its tokens, and REINFORCE needs no string on the host."""
-
-    def __init__(self, vocab_size: int, n_features: int):
-        super().__init__()
-        self.register_buffer("idf", torch.zeros(vocab_size))
-        self.register_buffer("basis", torch.zeros(vocab_size, n_features))
-
-    def tfidf(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, V): counts (1 + log of them) times idf, as unit vectors; PAD, BOS, EOS count 0."""
-        count = self.idf.new_zeros(len(tokens), len(self.idf))
-        count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
-        return F.normalize(torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * self.idf, dim=1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, F)."""
-        return self.tfidf(tokens) @ self.basis
-
-    @torch.no_grad()
-    def fit(self, tokens: Tensor, seed: int):
-        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1."""
-        present = torch.zeros(len(tokens), len(self.idf)).scatter_(1, tokens, 1.0)
-        self.idf.copy_(((1 + len(tokens)) / (1 + present.sum(0))).log() + 1)
-        self.idf[:EOS + 1] = 0
-        x = scipy.sparse.csr_array(self.tfidf(tokens).double().numpy())
-        n = min(self.basis.shape[1], min(x.shape) - 1)
-        _, value, direction = scipy.sparse.linalg.svds(x, k=n, random_state=seed)               # ascending
-        direction = direction[::-1] * np.where(value[::-1, None] > 1e-8, 1, 0)
-        direction = direction * np.sign(direction[np.arange(n), np.abs(direction).argmax(1)])[:, None]   # a fixed sign
-        self.basis.zero_()
-        self.basis[:, :n] = torch.from_numpy(direction.T.copy())
-        self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
 
 
 # ---- the method --------------------------------------------------------------------------------------------
@@ -817,7 +738,7 @@ class DPPMG(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict) -> "DPPMG":
-        """The model whose state() this is. Raises KeyError, ValueError, TypeError or RuntimeError where it is not one."""
+        """The model whose state() this is. Raises one of the errors that load() catches where it is not one."""
         model = cls(Config.from_dict(state["config"]), Catalogue(**state["catalogue"]))
         model.load_state_dict(state["model"])
         return model.eval()
@@ -827,12 +748,12 @@ class DPPMG(nn.Module):
         """The model of a run (folder or checkpoint file), to generate with. Raises CheckpointError."""
         path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
         checkpoint = read_checkpoint(path)
-        if "reward" not in checkpoint["done"]:
-            raise CheckpointError(f"{path}: training stopped after {_show(checkpoint['done'][-1:])}; finish it with "
-                                  "train.py --resume")
+        done = checkpoint.get("done")
+        if not isinstance(done, list) or "reward" not in done:
+            raise CheckpointError(f"{path}: training is not finished, done is {_show(done)}; go on with train.py --resume")
         try:
             return cls.from_state(checkpoint).to(device)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not a model of this version: {_show(str(error))}") from None
 
     def to(self, *args, **kwargs) -> "DPPMG":
@@ -913,7 +834,7 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.Generator(torch.zeros(1, device=name).device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try cpu") from None
 
@@ -936,10 +857,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = DPPMG.load(args.run, pick_device(args.device))
         for k, (image, text) in enumerate(model.generate(args.prompt, args.user, args.history, args.n, args.seed), 1):
             path = Path(args.out) if k == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}-{k}")
+            format = Image.registered_extensions().get(path.suffix.lower())
             with replacing(path) as temporary:
-                image.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-            print(f"{path}: {text}")
-    except (ValueError, OSError) as error:
+                image.save(temporary, format=format if format in Image.SAVE else "PNG")
+            print(f"{path}: {CONTROL.sub(chr(0xFFFD), text)}")      # no escape sequence reaches the terminal
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror or error}")
+    except ValueError as error:
         parser.error(str(error))
     return 0
 

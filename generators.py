@@ -481,8 +481,8 @@ class ImageConfig:
     ema: float = 0.998            # decay per step of the mean of the denoiser's weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
     steps: int = 2400             # optimizer steps of the denoiser
-    time_mean: float = 0.7        # of the logit of a training time: above 0, where tokens and prompt decide (2403.03206)
-    time_std: float = 1.2         # likewise its standard deviation
+    time_mean: float = 0.7        # mean of a training time's logit; above 0 the condition decides (2403.03206)
+    time_std: float = 1.2         # standard deviation of a training time's logit
 
     def __post_init__(self):
         for field in fields(self):
@@ -580,8 +580,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def standardize(self, z: Tensor):
-        """Set mean and std so that pictures whose latents were z (I, C, h, h), by encode before this call, get
-        mean 0, std 1 per channel by encode after it; what decode makes of them stays the same."""
+        """Set mean and std so that pictures whose latents were z (I, C, h, h), by encode before this call,
+        get mean 0, std 1 per channel by encode after it; what decode makes of them stays the same."""
         mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
         self.mean.add_(mean * self.std)
         self.std.mul_(std)
@@ -693,14 +693,14 @@ class Denoiser(nn.Module):
     def loss(self, z: Tensor, prompt: Tensor, prefs: Tensor,
              generator: torch.Generator | None = None) -> Tensor:
         """() mean squared error of v = alpha eps - sigma z (2202.00512v2, Appendix D) at logit-normal times
-        (2403.03206v1, Sec. 3.1). z (B, C, h, h) clean standardized latents, prompt (B, P), prefs (B, M).
-        About 1 at initialization."""
+        t = sigmoid(N(time_mean, time_std^2)) (2403.03206v1, Sec. 3.1). z (B, C, h, h) clean standardized latents,
+        prompt (B, P), prefs (B, M). About 1 at initialization."""
         u = torch.randn(len(z), generator=generator, device=z.device, dtype=z.dtype)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         t = (self.cfg.time_mean + self.cfg.time_std * u).sigmoid()
         alpha, sigma = (x[:, None, None, None] for x in alpha_sigma(t))
         v = self(alpha * z + sigma * eps, t, prompt, prefs)
-        return F.mse_loss(v.to(z.dtype), alpha * eps - sigma * z)
+        return F.mse_loss(v, alpha * eps - sigma * z)
 
 
 # Images: diffusion ------------------------------------------------------------------------------------------

@@ -289,6 +289,10 @@ class Run:
         self.prompt = model.catalogue.encode_prompts(data.prompts).to(device)               # (I, P)
         self.liked = torch.stack(data.pairs(TRAIN)).to(device)                              # (2, E) users, items
         self.users, self.seen = (x.unique() for x in self.liked)                            # who and what is trained on
+        n_test = len(data.pairs(TEST)[0].unique())
+        if n_test < 3 or len(self.seen) < 4:
+            raise ValueError(f"{data.name}: {n_test} users to test on (need 3), {len(self.seen)} items to learn from (need 4): "
+                             "need more interactions")
 
     @property
     def model(self) -> DPPMG:
@@ -315,7 +319,10 @@ class Run:
             "others": {n: m.state_dict() for n, m in self.modules.items() if n != "model"}, "metrics": self.metrics,
             "seconds": self.seconds, "torch": str(torch.__version__)}
         with replacing(self.out / "checkpoint.pt") as path:
-            torch.save(state, path)
+            try:
+                torch.save(state, path)
+            except RuntimeError as error:       # what torch makes of a full disk
+                raise OSError(f"{path}: cannot be written ({str(error)[:80]}): is the disk full?") from None
         with replacing(self.out / "log.csv") as path, open(path, "w", newline="") as file:
             csv.writer(file).writerows([["stage", "step", "name", "value"], *self.log])
         self.saved_at = time.monotonic()
@@ -332,7 +339,7 @@ class Run:
             self.done, self.stage, self.step = state["done"], state["stage"], state["step"]
             self.optimizer_state, self.log, self.metrics = state["optimizer"], state["log"], state["metrics"]
             self.seconds, self.tables = state["seconds"], {m: t.to(self.device) for m, t in state["tables"].items()}
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]}); "
                                   "choose another --out") from None
 
@@ -450,7 +457,7 @@ def train_gnn(run: Run) -> str:
     cfg, model = run.cfg.gnn, run.model
 
     def losses(generator):
-        return {"loss": model.gnn.loss(model.graph, *sample_triplets(model.graph, cfg.batch, generator))}
+        return {"loss": model.gnn.loss(model.graph, *sample_triplets(model.graph, cfg.batch, generator, cfg.candidates))}
     fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
     with torch.no_grad():
         run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked.cpu(), torch.stack(run.data.pairs(TEST)))
@@ -714,11 +721,12 @@ def evaluate(run: Run) -> str:
     """Every variant's measures on the test part, with intervals; what the tokens tell; people who were not in training."""
     pairs, table, judge = draw_pairs(run, TEST, run.train.pairs), {}, run.modules["judge"]
     liked = run.liked[1, draw(run.liked.shape[1], len(pairs.user), run.generator("frechet"))]
+    tenth = pairs.user.unique(return_inverse=True)[1] % 10          # of the users: left out in turn
     for variant in VARIANTS:
         own, other = make(run, variant, pairs, run.generator("evaluation"))
         table[variant] = {n: interval(v, pairs.user) for n, v in measures(run, pairs, own, other).items()}
         features = [embed(judge, content)["image"] for content in (own, contents(run, liked))]
-        table[variant]["frechet_image"] = frechet_interval(*features, pairs.user % 10)
+        table[variant]["frechet_image"] = frechet_interval(*features, tenth, min(10, int(tenth.max()) + 1))
     run.metrics["generation"] = table
     if run.world:
         run.metrics["probe"] = probe(run)
@@ -989,7 +997,8 @@ def study_rows(run: Run, name: str):
                fork(run, dataclasses.replace(cfg, vq=vq), run.out / f"bits-{levels}-{codes}", name), ("codebook", "text", "image"))
     vq = dataclasses.replace(cfg.vq, levels=1, codes=len(run.data.user_ids))
     raw = fork(run, dataclasses.replace(cfg, vq=vq), run.out / "raw", name)
-    raw.model.use_raw_preferences()
+    if not (raw.out / "checkpoint.pt").exists():        # else it has been restored, tables trained and all
+        raw.model.use_raw_preferences()
     yield f"raw vector = {32 * cfg.gnn.dim}", raw, ("text", "image")
 
 
@@ -1072,16 +1081,24 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
         world, out = sticker_world(train, seed), out or free_folder("smoke" if args.smoke else "stickers")
         folder = out / "stickers"
         if not (folder / "interactions.csv").exists():
+            write_settings(out, asked)          # first: what is killed while it draws can be resumed
             write_stickers(folder, world, seed)
     data = Dataset.load(folder, size, seed)
-    out = out or free_folder(data.name)
-    if asked.setdefault("fingerprint", data.fingerprint()) != data.fingerprint():
+    out, found, args.study = out or free_folder(data.name), data.fingerprint(), asked["study"]
+    if asked.setdefault("fingerprint", found) != found:
         raise ValueError(f"{out}: the data has changed since this run began; choose another --out")
+    run = Run(cfg, train, data, world, out, device)
+    write_settings(out, asked)
+    return run
+
+
+def write_settings(out: Path, asked: dict):
+    """config.json; and what a run that was killed in the middle of a file has left is removed."""
     out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob(".*.tmp"):
+        half.unlink()
     with replacing(out / "config.json") as path:
         path.write_text(json.dumps(asked, indent=1))
-    args.study = asked["study"]
-    return Run(cfg, train, data, world, out, device)
 
 
 def find_out(args: argparse.Namespace) -> Path | None:
@@ -1109,6 +1126,7 @@ def same_settings(out: Path, asked: dict, args: argparse.Namespace, given: dict[
         differ = [flag_of(g, n) for g, part in asked["settings"].items() for n, value in part.items()
                   if (n in given[g] or not args.resume) and there["settings"][g][n] != value]
         differ += [f"--{n}" for n in ("data", "study") if (getattr(args, n) or not args.resume) and there[n] != asked[n]]
+        {name: part(**there["settings"][name]) for name, part in PARTS.items()}       # raises where a value is none
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{out}/config.json: not the settings of a run ({type(error).__name__}); choose another --out") from None
     if differ:

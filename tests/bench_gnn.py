@@ -121,8 +121,8 @@ def bench_negatives(args) -> None:
 
 
 def bench_scaling(args) -> None:
-    """Twice: with nodes in proportion to the interactions, whose embeddings fall out of the cache between 1e6 and
-    5e6; and with as many nodes always, which do not."""
+    """Twice: with nodes in proportion to the interactions, whose embeddings fall out of the cache; and
+    with as many nodes always, which do not."""
     sizes = (10**5, 10**6, 5 * 10**6, 10**7)
     for label, grow in (("nodes grow", True), ("nodes fixed", False)):
         seconds = []
@@ -132,7 +132,7 @@ def bench_scaling(args) -> None:
             command = [sys.executable, __file__, "--threads", str(args.threads), "--dim", str(args.dim)]
             t, mb = map(float, subprocess.check_output([*command, "--one", *shape], text=True).split())
             seconds.append(t)
-            print(f"scaling, {label}: {n_edges:.0e} interactions {1e3 * t:8.1f} ms, peak {mb:6.0f} MB", flush=True)
+            print(f"scaling, {label}: {n_edges:.0e} interactions {1e3 * t:8.1f} ms, peak {mb:6.0f} MB")
         first, last = (math.log(seconds[-1] / seconds[n]) / math.log(sizes[-1] / sizes[n]) for n in (0, 2))
         print(f"scaling, {label}: log-log slope {first:.2f} over all, {last:.2f} from 5e6 to 1e7")
 

@@ -16,7 +16,7 @@ from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfi
                         alpha_sigma, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
                         time_features, transition)
 
-TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16)
+TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1)
 LARGE = dict(size=64, width=512, layers=2, heads=8)                 # about 100 M parameters
 
 
@@ -131,6 +131,7 @@ def test_the_latent_is_the_posterior_mean_standardized_by_the_buffers():
 def test_standardize_gives_mean_0_std_1_once_and_for_all_and_keeps_what_decode_makes():
     net, x = tiny_autoencoder(), pictures(9)
     rebuilt = net.decode(net.encode(x))
+    net.standardize(3 * net.encode(pictures(2, seed=1)) + 1)        # from whatever was set before
     for _ in range(2):
         net.standardize(net.encode(x))
         z = net.encode(x).transpose(0, 1).flatten(1)                # (C, I h h)
@@ -265,6 +266,19 @@ def test_every_code_of_every_level_has_a_row_of_its_own_and_null_none():
 
 # The denoiser -----------------------------------------------------------------------------------------------
 
+def test_denoiser_is_its_diagram():
+    """down -> shrink -> (block, attend) x 2 -> grow, beside the skip -> merge -> up -> out."""
+    net, (z, t, prompt, prefs) = tiny(layers=1), batch()
+    tokens, present, pooled = net.condition(prompt, prefs)
+    cond = F.silu(net.time(time_features(t, 64)) + pooled)
+    skip = net.down[0](net.conv_in(z), cond)
+    low = net.attend[0](net.middle[0](net.shrink(skip), cond), tokens, present)
+    low = net.attend[1](net.middle[1](low, cond), tokens, present)
+    assert low.shape == (4, 16, 2, 2)
+    both = torch.cat([skip, F.pixel_shuffle(net.grow[0](low), 2)], dim=1)
+    assert_close(net(z, t, prompt, prefs), net.out(net.up[0](net.merge(both), cond)))
+
+
 def test_padding_and_order_of_the_prompt_move_nothing_but_its_words_do():
     net, (z, t, _, prefs) = tiny(), batch()
     prompt = torch.tensor([[1, 2, 0]] * 4)
@@ -305,7 +319,7 @@ def test_loss_is_the_loop_over_pictures_for_the_same_draws_in_value_and_gradient
     u = torch.randn(4, generator=g, dtype=torch.float64)
     eps = torch.randn(z.shape, generator=g, dtype=torch.float64)
     for b in range(4):
-        t = 1 / (1 + math.exp(-u[b]))
+        t = 1 / (1 + math.exp(-0.3 - 1.1 * u[b]))
         alpha, sigma = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
         noisy = (alpha * z[b] + sigma * eps[b])[None]
         v = net(noisy, torch.tensor([t], dtype=torch.float64), prompt[b:b + 1], prefs[b:b + 1])[0]
@@ -463,8 +477,8 @@ def test_the_true_v_is_inverted_exactly_at_eta_0_in_any_number_of_steps(steps):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_the_ideal_denoiser_samples_the_mean_and_covariance_of_gaussian_data(eta):
-    """Two correlated channels, 16,000 draws: 5 sigma of a variance are 0.07, of a mean 0.04. That the steps are
-    400 and not infinitely many costs a variance 0.015; that noise starts at T_MAX, a mean 0.02 at eta = 0."""
+    """Two correlated channels, 16,000 draws: 5 sigma of a variance are 0.07, of a mean 0.04. That the steps
+    are 400 and not infinitely many costs a variance 0.015; that noise starts at T_MAX, a mean 0.02."""
     mean = torch.tensor([0.5, -0.3], dtype=torch.float64)
     cov = torch.tensor([[1.2, 0.5], [0.5, 0.6]], dtype=torch.float64)
 
@@ -500,6 +514,12 @@ def test_guided_v_is_two_forwards_one_by_one_with_and_without_gradient(guidance)
         assert_close(guided_v(net, z, t[0], prompt, prefs, guidance),
                      guided_v(net, z, t[0].expand(5), prompt, prefs, guidance))             # one time for all
     assert_close(want[2], net(*[x[2:3] for x in (z, t, prompt, prefs)]))    # a null row stays null at any w
+
+
+def test_the_null_branch_is_without_gradient():
+    net, (z, t, prompt, prefs) = tiny(), batch()
+    guided_v(net, z, t, prompt, prefs.clamp(min=0), 2.5).square().sum().backward()
+    assert not net.null.grad.any() and net.preference.weight.grad.any()
 
 
 def test_guidance_0_is_null_and_1_is_cond():
@@ -673,7 +693,8 @@ def on_meta(cfg, size=2):
     autoencoder.standardize(z)
     loss = net.loss(z, prompt, prefs)
     loss.backward()
-    assert all(p.grad.shape == p.shape and p.grad.is_meta for p in (*net.parameters(), *autoencoder.parameters()))
+    for network in (net, autoencoder):
+        assert all(p.grad.shape == p.shape and p.grad.is_meta for p in network.parameters())
     chain = sample_latents(net, prompt, prefs, None, 2.0, 3)
     autoencoder.decode(chain[-1])
     mean, std = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
@@ -706,6 +727,8 @@ def test_mixed_precision_keeps_chain_loss_and_transition_in_fp32():
     exact = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(chain[0], torch.rand(4), prompt, prefs).dtype == torch.bfloat16      # autocast is at work
+        assert guided_v(net, chain[0], torch.rand(4), prompt, prefs, 1.0).dtype == torch.float32
+        assert guided_v(net, chain[0], torch.rand(4), prompt, prefs, 2.0).dtype == torch.float32
         step = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
         drawn = sample_latents(net, prompt, prefs, rng(), 2.0, 3)
         rough = net.loss(z.float(), prompt, prefs, rng()), *step, drawn
