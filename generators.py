@@ -31,11 +31,10 @@ class TextConfig:
     guidance: float = 3.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     temperature: float = 1.0      # of sampling; 0 is greedy
     top_p: float = 0.95           # probability mass of the nucleus sampled from; 1 is all (1904.09751)
-    learning_rate: float = 2e-3   # AdamW's peak, after the warm-up
+    lr: float = 2e-3              # peak learning rate (AdamW), after a warm-up; falling to 0
     weight_decay: float = 0.1     # AdamW, on matrices only
     batch: int = 64               # texts a step
     steps: int = 800              # optimizer steps
-    warmup: int = 50              # steps of linear warm-up; then cosine decay to a tenth
 
     def __post_init__(self):
         for field in fields(self):
@@ -44,7 +43,7 @@ class TextConfig:
         for name in ("layers", "width", "heads", "context", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 1")
-        for name in ("guidance", "temperature", "learning_rate", "weight_decay", "steps", "warmup"):
+        for name in ("guidance", "temperature", "lr", "weight_decay", "steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 0")
         if self.width % self.heads:
@@ -210,7 +209,7 @@ def _check_ids(name: str, ids: Tensor, low: int, high: int, bound: str) -> None:
     if ids.device.type == "cpu" and ids.numel():
         least, most = torch.aminmax(ids)
         if least < low or most >= high:
-            raise ValueError(f"TextDecoder: {name} holds ids in [{int(least)}, {int(most)}]: need "
+            raise ValueError(f"{name} holds ids in [{int(least)}, {int(most)}]: need "
                              f"{low} <= id < {high} = {bound}")
 
 
@@ -284,13 +283,13 @@ class TextDecoder(nn.Module):
         """(x (B, P + M, D), present (B, P + M) bool: all but padding) of prompt (B, P), prefs (B, M) or None.
 
         Raises ValueError on a wrong shape or, on the CPU, an id out of range."""
-        _check_ids("prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
+        _check_ids("TextDecoder: prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
         tastes = self.null.expand(len(prompt), -1, -1)                      # (B, M, D)
         if prefs is not None:
             if prefs.shape != tastes.shape[:2]:
                 raise ValueError(f"TextDecoder: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: "
                                  f"need (B, M) = {tuple(tastes.shape[:2])}")
-            _check_ids("prefs", prefs, -1, self.codes, "codes")
+            _check_ids("TextDecoder: prefs", prefs, -1, self.codes, "codes")
             row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
             tastes = torch.where(prefs[..., None] < 0, tastes, self.preference(row))
         present = F.pad(prompt != 0, (0, self.levels), value=True)          # (B, P + M)
@@ -308,7 +307,7 @@ class TextDecoder(nn.Module):
         if len(tokens) != len(prompt):
             raise ValueError(f"TextDecoder: tokens {tuple(tokens.shape)}, prompt {tuple(prompt.shape)}: need "
                              "one prompt a text")
-        _check_ids("tokens", tokens, 0, self.cfg.vocab_size, "TextConfig.vocab_size")
+        _check_ids("TextDecoder: tokens", tokens, 0, self.cfg.vocab_size, "TextConfig.vocab_size")
         x, present = self.prefix(prompt, prefs)
         n_prefix = x.shape[1]
         before = F.pad(tokens, (1, 0), value=BOS)[:, :length]               # (B, T)  BOS y_1 .. y_T-1
@@ -481,12 +480,13 @@ class ImageConfig:
     ema: float = 0.998            # decay per step of the mean of the denoiser's weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
     steps: int = 2400             # optimizer steps of the denoiser
-    time_mean: float = 0.7        # mean of a training time's logit; above 0 the condition decides (2403.03206)
+    time_mean: float = 0.7        # mean of a training time's logit; > 0 favours noise (2403.03206)
     time_std: float = 1.2         # standard deviation of a training time's logit
 
     def __post_init__(self):
         for field in fields(self):
-            value, floor = getattr(self, field.name), 1 if isinstance(field.default, int) else 0
+            value = getattr(self, field.name)
+            floor = 1 if isinstance(field.default, int) else -math.inf if field.name == "time_mean" else 0
             if not math.isfinite(value) or value < floor:
                 raise ValueError(f"ImageConfig.{field.name}={value}: need a finite {field.name} >= {floor}")
         for name, unit in (("size", 8), ("ae_width", 16), ("width", 8)):
@@ -657,10 +657,12 @@ class Denoiser(nn.Module):
 
     def condition(self, prompt: Tensor, prefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Condition tokens (B, P + M, D), which of them are present (B, P + M) bool, and them pooled (B, D).
-        prompt (B, P), prefs (B, M) int64. Raises ValueError on a wrong shape."""
+        prompt (B, P), prefs (B, M) int64. Raises ValueError on a wrong shape or, on the CPU, an id out of range."""
         if prefs.shape != (len(prompt), self.levels):
             raise ValueError(f"Denoiser: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: need "
                              f"(B, M) = {(len(prompt), self.levels)}")
+        _check_ids("Denoiser: prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
+        _check_ids("Denoiser: prefs", prefs, -1, self.codes, "codes")
         row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
         tastes = torch.where(prefs[..., None] < 0, self.null, self.preference(row))     # (B, M, D)
         written = prompt != 0                                                           # (B, P)
@@ -693,8 +695,8 @@ class Denoiser(nn.Module):
     def loss(self, z: Tensor, prompt: Tensor, prefs: Tensor,
              generator: torch.Generator | None = None) -> Tensor:
         """() mean squared error of v = alpha eps - sigma z (2202.00512v2, Appendix D) at logit-normal times
-        t = sigmoid(N(time_mean, time_std^2)) (2403.03206v1, Sec. 3.1). z (B, C, h, h) clean standardized latents,
-        prompt (B, P), prefs (B, M). About 1 at initialization."""
+        t = sigmoid(N(time_mean, time_std^2)) (2403.03206v1, Sec. 3.1). z (B, C, h, h) clean standardized
+        latents, prompt (B, P), prefs (B, M). About 1 at initialization."""
         u = torch.randn(len(z), generator=generator, device=z.device, dtype=z.dtype)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         t = (self.cfg.time_mean + self.cfg.time_std * u).sigmoid()

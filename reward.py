@@ -36,8 +36,8 @@ class RewardConfig:
     texts: int = 16                   # S_t, texts sampled in a group: cheaper than images
     lr_image: float = 0.006           # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
     lr_text: float = 0.05             # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
-    diffusion_steps: int = 8          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
-    grad_steps: int = 3               # of these, the steps that are differentiated in a round
+    diffusion_steps: int = 5          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
+    grad_steps: int = 1               # of these, the first ones, which are differentiated
     kl_weight: float = 0.0            # weight of the KL from the starting tokens, per nat (bounds the drift)
     log_every: int = 5                # rounds between two lines with the exact or the judge's measures
 

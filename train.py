@@ -534,7 +534,7 @@ def train_text(run: Run) -> str:
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
         return {"loss": net.loss(run.tokens[item], prompt, prefs)}
-    fit(run, adamw(net, cfg.learning_rate, cfg.weight_decay), cfg.steps, losses)
+    fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses)
     item, prompt, prefs = validation(run, "text")
     with torch.no_grad():
         run.note(cfg.steps, loss_validation=net.loss(run.tokens[item], prompt, prefs))

@@ -534,10 +534,10 @@ def test_everything_runs_on_the_meta_device():
 @pytest.mark.parametrize("field, value, cure", [
     ("layers", 0, "need layers >= 1"), ("width", -1, "need width >= 1"), ("heads", 0, "need heads >= 1"),
     ("heads", 3, "need a divisor of width=128"), ("context", 0, "need context >= 1"),
-    ("batch", 0, "need batch >= 1"), ("steps", -1, "need steps >= 0"), ("warmup", -1, "need warmup >= 0"),
+    ("batch", 0, "need batch >= 1"), ("steps", -1, "need steps >= 0"),
     ("vocab_size", 3, "need vocab_size > 3"), ("top_p", 0.0, "need 0 < top_p <= 1"),
     ("null_rate", 1.0, "need 0 <= null_rate < 1"), ("temperature", -0.1, "need temperature >= 0"),
-    ("guidance", -1.0, "need guidance >= 0"), ("learning_rate", -1.0, "need learning_rate >= 0"),
+    ("guidance", -1.0, "need guidance >= 0"), ("lr", -1.0, "need lr >= 0"),
     ("weight_decay", math.inf, "need a finite number"), ("guidance", math.nan, "need a finite number")])
 def test_config_errors_name_field_value_and_cure(field, value, cure):
     with pytest.raises(ValueError, match=f"TextConfig.{field}={value}: {cure}"):
