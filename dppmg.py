@@ -471,7 +471,9 @@ def settings(parts: dict[str, type]) -> list[tuple[str, str, dataclasses.Field, 
     """(group, name, field, help) of every setting of the dataclasses; the help is the comment behind it in the source."""
     found = []
     for group, part in parts.items():
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.MULTILINE))
+        source = inspect.getsource(sys.modules[part.__module__])        # of a class alone: parses the whole file each time
+        body = re.search(rf"^class {part.__name__}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)[0]
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", body, re.MULTILINE))
         found += [(group, field.name, field, comments.get(field.name, "")) for field in fields(part)]
     return found
 

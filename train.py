@@ -68,8 +68,7 @@ class TrainConfig:
         high = dict(interactions=self.items // 2, new_users=0.5)
         for name, value in vars(self).items():
             if not low.get(name, 0) <= value <= high.get(name, sys.maxsize):
-                raise ValueError(f"TrainConfig.{name}={value}: need {low.get(name, 0)} <= {name}"
-                                 + f" <= {high[name]}" * (name in high) + ", finite")
+                raise ValueError(f"TrainConfig.{name}={value}: need {low.get(name, 0)} <= {name} <= {high.get(name, sys.maxsize)}")
 
 
 # ---- stickers: data whose tastes are known --------------------------------------------------------------------------
@@ -1126,7 +1125,8 @@ def same_settings(out: Path, asked: dict, args: argparse.Namespace, given: dict[
         differ = [flag_of(g, n) for g, part in asked["settings"].items() for n, value in part.items()
                   if (n in given[g] or not args.resume) and there["settings"][g][n] != value]
         differ += [f"--{n}" for n in ("data", "study") if (getattr(args, n) or not args.resume) and there[n] != asked[n]]
-        {name: part(**there["settings"][name]) for name, part in PARTS.items()}       # raises where a value is none
+        if {name: asdict(part(**there["settings"][name])) for name, part in PARTS.items()} != there["settings"]:
+            raise KeyError("a setting is missing")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{out}/config.json: not the settings of a run ({type(error).__name__}); choose another --out") from None
     if differ:

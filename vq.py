@@ -186,11 +186,11 @@ class SkipMLP(nn.Module):
 class ResidualVQVAE(nn.Module):
     """Preference (B, width) -> L codes -> reconstructed preference (B, width).
 
-    DEVIATION vq-1: rows are scaled to unit length and reconstructed at unit length: the length of p does not
+    DEVIATION 3: rows are scaled to unit length and reconstructed at unit length: the length of p does not
     change how a user ranks items, so no bits are spent on it.
-    DEVIATION vq-2: the decoder starts as the transpose of the encoder, both linear: so `initialize` makes the
+    DEVIATION 3 too: the decoder starts as the transpose of the encoder, both linear: so `initialize` makes the
     model residual k-means of the preferences themselves (if dim >= width), and training improves on that.
-    DEVIATION vq-3: beta is 0.05, with losses summed, not averaged, over the width.
+    DEVIATION 4: beta is 0.05, with losses summed, not averaged, over the width.
 
     Call it outside autocast: nearest codes and moving averages need full precision."""
 

@@ -14,15 +14,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 import dppmg
-from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, LatentPCA, MethodConfig, TfidfSVD,
-                   parse_prompt, read_checkpoint, replacing, table_as)
-from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer
-from gnn import GNNConfig
+from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt, read_checkpoint,
+                   replacing, table_as)
+from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, transition
+from gnn import GNNConfig, LatentPCA, TfidfSVD
 from reward import RewardConfig
 from vq import VQConfig
 
 pytestmark = pytest.mark.usefixtures("smoke_process")      # begun at once: it runs beside the tests that do not need it
-TEXTS = [f"{how} {what} at {when}" for how in ("a merry", "one sad") for what in ("fish", "boat") for when in ("dawn", "night", "noon")]
+TEXTS = [f"{how} {what} at {when}" for how in ("a merry", "one sad") for what in ("fish", "boat")
+         for when in ("dawn", "night", "noon")]
 CFG = Config(
     MethodConfig(image_features=7, text_features=5), GNNConfig(dim=12), VQConfig(levels=2, codes=4, dim=8, hidden=8),
     TextConfig(layers=1, width=16, heads=2, context=12, vocab_size=300, guidance=2.0),
@@ -114,7 +115,8 @@ def slow_tfidf(text_tokens, catalogue):
 
 
 def test_text_features_are_a_truncated_svd_of_tfidf_by_dictionaries():
-    texts = ["a fish", "a sad fish and a boat", "the boat, the boat, the boat!", "one merry night", "a night at noon", "fish at noon"]
+    texts = ["a fish", "a sad fish and a boat", "the boat, the boat, the boat!", "one merry night",
+             "a night at noon", "fish at noon"]
     tokenizer = Tokenizer.train(texts, 270)
     module, V = TfidfSVD(tokenizer.vocab_size, 4), tokenizer.vocab_size
     catalogue = [tokenizer.encode(text) for text in texts]
@@ -229,9 +231,10 @@ def test_generated_pictures_are_rgb_of_the_configured_size(model, n):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(user="u0"), r"unknown user 'u0': known are u0"), (dict(user="u000", history=["s0000"]), "a user or a history, not both"),
-    (dict(history=["s0000", "sticker"]), r"unknown item 'sticker': known are s0000"), (dict(history=[]), "empty history"),
-    (dict(prompt="fish, chips"), "unknown prompt word 'chips': known are"), (dict(user=""), "unknown user ''")])
+    (dict(user="u0"), "unknown user 'u0': known are u0"), (dict(user=""), "unknown user ''"),
+    (dict(user="u000", history=["s0000"]), "a user or a history, not both"), (dict(history=[]), "empty history"),
+    (dict(history=["s0000", "sticker"]), "unknown item 'sticker': known are s0000"),
+    (dict(prompt="fish, chips"), "unknown prompt word 'chips': known are")])
 def test_what_is_not_known_is_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**{"prompt": "fish"} | arguments)
@@ -301,8 +304,9 @@ def slow_text_log_prob(model, tokens, prompt, prefs):
     return total
 
 
-def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula():
-    cfg = replace(CFG, reward=replace(CFG.reward, grad_steps=4, lambda_p=0.7, lambda_c=1.3))        # all Gaussian steps
+@pytest.mark.parametrize("grad_steps", [1, 5])       # the first step of the chain; all that are Gaussian: the last is not
+def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
+    cfg = replace(CFG, reward=replace(CFG.reward, grad_steps=grad_steps, lambda_p=0.7, lambda_c=1.3))
     model, users, G = toy(cfg).double(), (0, 3), 2
     found = step(model, users)
     got = {m: table.grad.clone() for m, table in tables(model).items()}
@@ -316,9 +320,10 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula():
         mine, written = slice(n * n_image, (n + 1) * n_image), texts[n * n_text:(n + 1) * n_text]
         reward = slow_rewards(model, pictures[mine], chain[-1, mine], written, user)
         for advantage, part in zip(slow_advantage(reward["image"]), range(mine.start, mine.stop)):
-            for k in range(4):
-                mean, std = dppmg.transition(model.image, chain[:, part:part + 1], k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0, 1.0)
-                score = torch.distributions.Normal(mean, std).log_prob(chain[k + 1, part:part + 1]).sum()
+            for k in range(min(grad_steps, 4)):
+                one = chain[:, part:part + 1]
+                mean, std = transition(model.image, one, k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0, 1.0)
+                score = torch.distributions.Normal(mean, std).log_prob(one[k + 1]).sum()
                 loss = loss - advantage * score / (G * n_image)
         for advantage, text in zip(slow_advantage(reward["text"]), written):
             loss = loss - advantage * slow_text_log_prob(model, text, prompt[n], prefs["text"][n]) / (G * n_text)
@@ -326,21 +331,6 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula():
         assert want.abs().max() > 1e-4
         assert_close(got[m], want, rtol=1e-6, atol=1e-9)
     assert_close(found.loss, loss.detach(), rtol=1e-6, atol=1e-8)
-
-
-def test_differentiating_a_few_steps_of_the_chain_averages_to_all_of_them():
-    """One Gaussian step at a time: four different gradients, whose mean is that of the whole chain."""
-    model, args = toy().double(), (torch.tensor([[1, 0], [2, 0]]), torch.tensor([[0, 1], [3, 2]]))
-    chain, advantage = model.sample_chain(*args, rng(), 5), torch.tensor([1.0, -2.0]).double()
-
-    def gradient(n_steps, seed):
-        model.cfg = replace(CFG, reward=replace(CFG.reward, grad_steps=n_steps))
-        loss, _ = model._image_surrogate(chain, args, advantage, None, rng(seed))
-        return torch.autograd.grad(loss, tables(model)["image"])[0]
-    seen = torch.stack([gradient(1, seed) for seed in range(40)])
-    different = seen.flatten(1).mul(1e6).round().unique(dim=0) / 1e6
-    assert len(different) == 4
-    assert_close(different.mean(0), gradient(4, 0).flatten(), rtol=1e-3, atol=1e-5)
 
 
 def test_reinforce_step_runs_without_a_single_look_at_its_numbers():
@@ -366,7 +356,8 @@ def test_the_gradient_reaches_the_rows_of_the_sampled_users_and_nothing_else():
         tokens = getattr(model, f"tokens_{m}")[[0, 3]] + torch.tensor([0, 4])       # row: level * K + code
         touched = table.grad.abs().sum(1).nonzero()[:, 0]
         assert touched.tolist() == sorted(set(tokens.flatten().tolist())) and len(touched) < 8
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["text.preference.weight", "image.preference.weight"]
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert reached == ["text.preference.weight", "image.preference.weight"]
 
 
 def test_the_reward_itself_has_no_gradient():
@@ -378,16 +369,16 @@ def test_the_reward_itself_has_no_gradient():
 
 
 def test_drift_is_zero_at_the_start_and_positive_after_a_change():
-    model = toy()
+    model = toy().double()
     start = {m: table.detach().clone() for m, table in tables(model).items()}
     found = step(model, with_kl=True, reference=start)
-    assert found.kl_image == 0 and found.kl_text == 0
+    assert abs(found.kl_image) < 1e-12 and abs(found.kl_text) < 1e-12
     for m in MODALITIES:
         with torch.no_grad():
-            tables(model)[m].add_(0.3)
+            tables(model)[m].add_(torch.randn(start[m].shape, generator=rng(), dtype=torch.float64))
         drift = step(model, with_kl=True, reference=start)
-        assert getattr(drift, f"kl_{m}") > 1e-4
-        assert m == "text" or drift.kl_text == 0
+        assert getattr(drift, f"kl_{m}") > 1e-3
+        assert m == "text" or abs(drift.kl_text) < 1e-12
     off = step(model, reference=start)
     assert off.kl_image == 0 and off.kl_text == 0
 
@@ -403,16 +394,19 @@ def test_the_drift_is_a_penalty_with_its_weight():
 
 
 def test_reinforce_pleases_the_person():
-    """Planted: with lambda_c = 0 the reward is the user's score alone, which must rise by far more than its noise."""
-    cfg = replace(CFG, reward=replace(CFG.reward, lambda_c=0.0, images=8, texts=16, lr_image=0.1, lr_text=0.1))
-    model, seen = toy(cfg), []
-    optimizer = torch.optim.Adam(tables(model).values(), lr=0.1)
-    for n in range(40):
-        found = step(model, user=(0, 1, 2, 3, 4, 5), seed=n)
+    """Planted: with lambda_c = 0 the reward is the user's score alone, which must rise by more than chance lets it."""
+    model, seen = toy(replace(CFG, reward=replace(CFG.reward, lambda_c=0.0, images=8, texts=32)), seed=1), []
+    for n, parameter in enumerate((*model.image.parameters(), *model.text.parameters())):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng(n))      # tokens matter more than in a fresh model
+    rates = dict(image=0.1, text=1.0)
+    optimizer = torch.optim.Adam([{"params": [table], "lr": rates[m]} for m, table in tables(model).items()])
+    for n in range(30):
+        found = step(model, user=(0, 0, 0), seed=n)
         optimizer.step()
         seen.append(torch.stack(found.parts[1:]))
     first, last = torch.stack(seen[:10]), torch.stack(seen[-10:])
-    assert (last.mean(0) - first.mean(0) > 5 * (last.std(0) + first.std(0)) / 10**0.5).all(), (first.mean(0), last.mean(0))
+    chance = (first.var(0) / 10 + last.var(0) / 10).sqrt()
+    assert (last.mean(0) - first.mean(0) > 5 * chance).all(), (first.mean(0), last.mean(0), chance)
 
 
 # ---- files
@@ -431,6 +425,10 @@ def change(**values):
     return lambda path: torch.save(read_checkpoint(path) | values, path)
 
 
+def inside(name, **values):
+    return lambda path: change(**{name: read_checkpoint(path)[name] | values})(path)
+
+
 def without(name):
     return lambda path: torch.save({k: v for k, v in read_checkpoint(path).items() if k != name}, path)
 
@@ -442,7 +440,8 @@ def reshape(path):
 
 
 def cut(keep):
-    return lambda path: path.write_bytes(path.read_bytes()[:keep if keep < 0 or keep >= 1 else int(keep * path.stat().st_size)])
+    """Keep so many bytes, or this share of them."""
+    return lambda path: path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size) if 0 < keep < 1 else keep])
 
 
 def folder(path):
@@ -457,12 +456,13 @@ DAMAGES = {
     "list": (lambda path: torch.save([1, 2], path), "format is None"),
     "version": (change(format="DPPMG checkpoint 0"), "format is 'DPPMG checkpoint 0', need 'DPPMG checkpoint 1'"),
     "unfinished": (change(done=["gnn"]), r"training is not finished, done is \['gnn'\]; go on with train.py --resume"),
-    "done": (change(done=None), "training is not finished"), "shape": (reshape, "not a model of this version .*size mismatch for preference_image"),
+    "done": (change(done=None), "training is not finished"),
+    "shape": (reshape, "not a model of this version .*size mismatch for preference_image"),
     **{f"no {name}": (without(name), "checkpoint.pt: ") for name in ("format", "done", "config", "catalogue", "model")},
     **{f"odd {name}": (change(**{name: value}), "not a model of this version")
        for name, value in (("config", None), ("config", {}), ("catalogue", {"name": "x"}), ("model", 3))},
-    "merges": (lambda path: change(catalogue=read_checkpoint(path)["catalogue"] | {"merges": None})(path), "not a model of this version"),
-    "setting": (lambda path: change(config=read_checkpoint(path)["config"] | {"gnn": {"dim": "x"}})(path), "settings of 'gnn'"),
+    "merges": (inside("catalogue", merges=None), "not a model of this version"),
+    "setting": (inside("config", gnn={"dim": "x"}), "settings of 'gnn'"),
     "folder": (folder, "Is a directory"), "missing": (lambda path: path.unlink(), "No such file"),
 }
 
@@ -498,9 +498,9 @@ def test_a_checkpoint_is_data_and_no_code_of_it_runs(tmp_path, how):
 
 def test_a_saved_model_generates_the_same(toy_run):
     one, two = toy(), DPPMG.load(toy_run)
-    assert one.cfg == two.cfg or one.state()["config"] == two.state()["config"]
     args = dict(prompt="fish", user="u3", n=2, seed=5)
-    assert same(one.generate(**args), two.generate(**args)) and same(one.generate(**args), DPPMG.load(toy_run.parent).generate(**args))
+    assert one.cfg == two.cfg and same(one.generate(**args), two.generate(**args))
+    assert same(one.generate(**args), DPPMG.load(toy_run.parent).generate(**args))      # the folder instead of the file
 
 
 def test_replacing_is_all_or_nothing(tmp_path):
@@ -529,7 +529,8 @@ def run_main(*arguments):
 
 
 def test_the_command_prints_texts_and_writes_pictures(smoke, tmp_path):
-    process = spawn(str(ROOT / "dppmg.py"), str(smoke), "--user", "u003", "--prompt", "Fish", "--n", "3", "--seed", "7", cwd=tmp_path)
+    arguments = ["--user", "u003", "--prompt", "Fish", "--n", "3", "--seed", "7"]
+    process = spawn(str(ROOT / "dppmg.py"), str(smoke), *arguments, cwd=tmp_path)
     printed, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     names = ["dppmg.png", "dppmg-2.png", "dppmg-3.png"]
@@ -562,10 +563,13 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     (["--prompt", "fish", "--history", "i1", "i99"], "unknown item 'i99': known are i9"),
     (["--prompt", "fish", "--user", "u1", "--history", "i1"], "not both"),
     (["--prompt", "fish", "--histroy", "i1"], "unknown flag --histroy: known are --history"),
-    (["--prompt", "fish", "--n", "0"], "--n 0: need n >= 1"), (["--prompt", "fish", "--n", "some"], "invalid int value: 'some'"),
-    (["--prompt", "fish", "--device", "gpu"], "--device gpu: not to be had here"), (["--prompt", "fish", "--device", "meta"], "--device meta"),
+    (["--prompt", "fish", "--n", "0"], "--n 0: need n >= 1"),
+    (["--prompt", "fish", "--n", "some"], "invalid int value: 'some'"),
+    (["--prompt", "fish", "--device", "gpu"], "--device gpu: not to be had here"),
+    (["--prompt", "fish", "--device", "meta"], "--device meta: not to be had here"),
     (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: No such file or directory"),
-    (["--prompt", "fish", "--out", "."], "--out '.': need the name of a file"), (["--prompt", "fish", "--seed", "1" + "0" * 30], "Overflow"), ([], "--prompt")])
+    (["--prompt", "fish", "--out", "."], "--out '.': need the name of a file"),
+    (["--prompt", "fish", "--seed", "1" + "0" * 30], "Overflow"), ([], "--prompt")])
 def test_a_users_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run_main(toy_run, *arguments) == 2

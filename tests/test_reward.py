@@ -222,23 +222,27 @@ def test_pair_reward_is_the_loop():
     image, text = unit(3, 4, 5), unit(3, 6, 5, seed=1)
     s_image, s_text = normal(3, 4, seed=2) * 5 + 1, normal(3, 6, seed=3)
     got_image, got_text, parts = pair_reward(image, text, s_image, s_text, cfg)
-    standard = lambda x: (np.array(x) - np.mean(x)) / (np.std(x) + 1e-4)
-    for g in range(3):
-        c = [[sum(a * b for a, b in zip(x.tolist(), y.tolist())) for y in text[g]] for x in image[g]]
-        want_image = 0.7 * standard([np.mean(row) for row in c]) + 2 * standard(s_image[g].tolist())
-        want_text = 0.7 * standard([np.mean(column) for column in zip(*c)]) + 2 * standard(s_text[g].tolist())
-        np.testing.assert_allclose(got_image[g], want_image, rtol=1e-10)
-        np.testing.assert_allclose(got_text[g], want_text, rtol=1e-10)
+    centred = lambda rows: [np.array(row) - np.mean(row) for row in rows]
+    standard = lambda rows: np.array(rows) / (np.sqrt(np.mean(np.square(rows))) + 1e-4)     # pooled over the groups
+    c = [[[sum(a * b for a, b in zip(x.tolist(), y.tolist())) for y in text[g]] for x in image[g]] for g in range(3)]
+    rows = [[np.mean(row) for row in c[g]] for g in range(3)]
+    columns = [[np.mean(column) for column in zip(*c[g])] for g in range(3)]
+    want_image = 0.7 * standard(centred(rows)) + 2 * standard(centred(s_image.tolist()))
+    want_text = 0.7 * standard(centred(columns)) + 2 * standard(centred(s_text.tolist()))
+    np.testing.assert_allclose(got_image, want_image, rtol=1e-10)
+    np.testing.assert_allclose(got_text, want_text, rtol=1e-10)
     assert_close(parts.consistency, (image[:, :, None] * text[:, None]).sum(-1).mean())
     assert_close(parts.s_image, s_image.mean())
     assert_close(parts.s_text, s_text.mean())
 
 
-def test_normalize_group_has_mean_0_std_1_and_survives_constant_groups():
-    x = normal(4, 9) * 50 + 3
+def test_normalize_group_has_mean_0_pooled_std_1_and_survives_constant_groups():
+    x = normal(4, 9) * torch.tensor([[50.0], [5.0], [0.5], [0.0]]) + 3
     z = normalize_group(x)
     assert_close(z.mean(1), torch.zeros(4, dtype=z.dtype), atol=1e-12, rtol=0)
-    assert_close(z.std(1, correction=0), torch.ones(4, dtype=z.dtype), atol=1e-4, rtol=0)
+    assert_close(z.square().mean(), torch.ones((), dtype=z.dtype), atol=1e-4, rtol=0)
+    ratio = z.std(1, correction=0) / x.std(1, correction=0)                   # quiet groups stay quiet
+    assert_close(ratio[:3], ratio[:1].expand(3)) and (z[3] == 0).all()
     nearly = torch.full((2, 8), 0.3) + 1e-7 * torch.arange(8)                 # fp32 rounding of equal cosines
     assert normalize_group(nearly).abs().max() < 0.01
     assert normalize_group(torch.full((1, 8), 0.3)).abs().max() < 0.01
@@ -630,7 +634,7 @@ def test_errors_name_the_tensor_and_the_cure(call, message):
     ("scorer_lr", 0.0, "> 0"), ("lr_text", -0.1, "> 0"), ("images", 1, ">= 2"), ("texts", 1, ">= 2"),
     ("groups", 0, ">= 1"), ("rounds", -1, ">= 0"), ("scorer_width", 12, "a multiple of 8"),
     ("scorer_temperature", 0.001, "0.01 <= scorer_temperature"), ("scorer_drop", 1.0, "scorer_drop < 1"),
-    ("grad_steps", 9, "grad_steps <= diffusion_steps = 8")])
+    ("grad_steps", 9, "grad_steps <= diffusion_steps = 5")])
 def test_config_refuses_what_cannot_work(field, value, cure):
     with pytest.raises(ValueError, match=f"RewardConfig.{field}={value}: need .*{cure}"):
         RewardConfig(**{field: value})

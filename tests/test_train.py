@@ -1,0 +1,849 @@
+"""train.py: the stickers and their referee, stages, exact measures, files and report of a run, kill and resume, mistakes."""
+import copy
+import csv
+import hashlib
+import html.parser
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, spawn
+from kill_resume import differences
+from PIL import Image
+from torch import nn
+
+import train
+from dppmg import MODALITIES, TEST, TRAIN, VALID, CheckpointError, Dataset, read_checkpoint
+from reward import Content
+from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainConfig, read_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chain(smoke, tmp_path_factory):
+    """A run that is killed again and again, begun: it goes on beside the other tests."""
+    process = spawn(str(ROOT / "tests" / "kill_resume.py"), "--chain", "--reference", str(smoke), "--out",
+                    str(tmp_path_factory.mktemp("chain")))
+    yield process
+    process.kill()
+
+
+@pytest.fixture(autouse=True)
+def restored_signal():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the smoke run had: sums round alike; and threads that wait for each other beside another process are slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reopen(smoke, folder):
+    """The smoke run, all stages done, in a copy of its folder that may be changed."""
+    shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("metrics.json"))
+    run = train.open_run(*train.parse_arguments(["--resume", "--out", str(folder)]))
+    run.restore(folder / "checkpoint.pt")
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(smoke, tmp_path_factory):
+    """To look at; tests that change it take `spare`."""
+    return reopen(smoke, tmp_path_factory.mktemp("reopened") / "run")
+
+
+@pytest.fixture
+def spare(smoke, tmp_path):
+    return reopen(smoke, tmp_path / "run")
+
+
+def main(*arguments):
+    """Exit status of the command line."""
+    try:
+        return train.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def digest(folder):
+    """What each file of a folder holds."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def hashes(module):
+    """A hash of every tensor."""
+    return {name: hashlib.sha256(x.detach().contiguous().numpy().tobytes()).hexdigest() for name, x in module.state_dict().items()}
+
+
+# ---- stickers
+
+def test_stickers_are_a_folder_like_any_other_and_their_texts_say_what_they_are(run):
+    data, world = Dataset.load(run.out / "stickers", 32, 0), run.world
+    assert all(notice.startswith(("items.csv: 3 extra columns", "interactions.csv: ")) for notice in data.notices)
+    assert len(data.item_ids) == len(world.items) == 160 and len(data.user_ids) == 40
+    for text, prompt, row in zip(data.texts, data.prompts, world.items):
+        value = dict(zip(ATTRIBUTES, row))
+        assert read_text(text) == (value["subject"], value["setting"], value["tone"])
+        assert prompt == (SUBJECTS[value["subject"]],)
+    liked = {(int(u), int(i)) for u, row in enumerate(world.liked) for i in row}
+    assert set(zip(data.user.tolist(), data.item.tolist())) == liked and len(liked) == 40 * 12
+    with open(run.out / "stickers" / "items.csv", encoding="utf-8") as file:
+        for line, row in zip(csv.DictReader(file), world.items):
+            assert [line[a] for a in ("prompt", *SEEN[1:])] == [ATTRIBUTES[a][v] for a, v in zip(SEEN, row)]
+
+
+def test_interactions_are_drawn_from_the_product_of_the_tastes():
+    """How often is a user's first, second .. favourite value liked?  As in draws by numpy, one user after another."""
+    world, rng = train.sticker_world(TrainConfig(items=1000, users=300, interactions=20), seed=5), np.random.default_rng(6)
+    for taste in world.tastes.values():
+        assert (taste > 0).all() and np.allclose(taste.sum(1), 1)
+    p = np.prod([world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)], axis=0)       # (U, I)
+    slow = np.stack([rng.choice(1000, 20, replace=False, p=row / row.sum()) for row in p])
+    for k, (a, values) in enumerate(ATTRIBUTES.items()):
+        place = np.argsort(np.argsort(-world.tastes[a], axis=1), axis=1)                                # (U, values)
+        one, two = (np.bincount(np.take_along_axis(place, world.items[:, k][liked], 1).ravel(), minlength=len(values))
+                    for liked in (world.liked, slow))
+        assert (abs(one - two) < 5 * np.sqrt(one + two)).all(), (a, one, two)
+        assert one[0] > 1.3 * 300 * 20 / len(values)        # and taste matters
+    assert all(len(set(row)) == 20 for row in world.liked)
+    first = world.liked[:, 0]                               # the order of time tells nothing: the best are not the oldest
+    assert abs(np.log(p[np.arange(300), first]).mean() - np.log(np.take_along_axis(p, world.liked, 1)).mean()) < 0.5
+
+
+def test_the_same_seed_draws_the_same_world():
+    cfg, worlds = TrainConfig(items=40, users=5, interactions=10), []
+    for seed in (1, 1, 2):
+        world = train.sticker_world(cfg, seed)
+        worlds.append([world.items.tolist(), {a: t.tolist() for a, t in world.tastes.items()}, world.liked.tolist()])
+    assert worlds[0] == worlds[1] and all(a != b for a, b in zip(worlds[0], worlds[2]))
+
+
+@pytest.fixture(scope="module")
+def referee(smoke, tmp_path_factory):
+    """Trained from scratch with the default settings."""
+    run = reopen(smoke, tmp_path_factory.mktemp("referee") / "run")
+    torch.manual_seed(0)
+    run.modules["referee"], run.train, run.stage, run.step = Referee(), TrainConfig(), "referee", 0
+    train.train_referee(run)
+    return run.modules["referee"]
+
+
+def test_the_referee_reads_every_attribute_of_fresh_stickers(referee):
+    pictures, values = train.draw_batch(1000, np.random.default_rng(2026))
+    for name, right in zip(SEEN, (referee.read(pictures) == values).double().mean(0)):
+        assert right >= 0.99, f"{name}: {right:.1%}"
+    large = torch.nn.functional.interpolate(pictures[:100], scale_factor=2, mode="nearest")
+    assert torch.equal(referee.read(large), referee.read(pictures[:100]))
+
+
+@pytest.mark.parametrize("text", [
+    "", "fish", "a fish at dawn", "a fish at dawn.\n", " a fish at dawn.", "a cat at dawn.", "a fish at noon.", "A fish at dawn.",
+    "a fish at dawn. a fish at dawn.", "a  at .", "a fish at dawn!", "softly the fish dreams, wrapped in dawn", "a {subject} at {setting}.",
+    "a fısh at dawn.", "\0", "a " + "fish " * 10**4])
+def test_what_is_no_stickers_text_is_not_read(text):
+    assert read_text(text) == (-1, -1, -1)
+
+
+def test_every_stickers_text_is_read():
+    for t, tone in enumerate(TONES):
+        for s, subject in enumerate(SUBJECTS):
+            for n, setting in enumerate(SETTINGS):
+                assert read_text(tone.format(subject=subject, setting=setting)) == (s, n, t)
+
+
+# ---- a run's parts
+
+def test_held_out_users_are_in_no_training():
+    def load():
+        generator = torch.Generator().manual_seed(3)
+        user, item = (torch.rand(30, 40, generator=generator) < 0.4).nonzero().T
+        user, item = torch.cat([user, torch.tensor([30, 31])]), torch.cat([item, torch.tensor([1, 2])])    # two like one thing
+        order = torch.randperm(len(user), generator=generator)
+        user, item, time = user[order], item[order], torch.rand(len(user), generator=generator)
+        part = train.torch.tensor([0] * len(user), dtype=torch.int8)
+        part[::7], part[::11] = VALID, TEST
+        ids = [str(n) for n in range(32)]
+        return Dataset("x", ids, ids, ids, [()] * 40, [], torch.zeros(40, 3, 8, 8), user, item, time, part, [])
+    before, data = load(), load()
+    new = train.hold_out_users(data, 0.2, seed=1)
+    held = data.user[data.part == train.NEW].unique()
+    assert len(held) == 6 and not set(held.tolist()) & {30, 31}         # int(0.2 * 32), of those with three items
+    assert ((data.part == train.NEW) == torch.isin(data.user, held)).all()
+    others = data.part != train.NEW
+    assert torch.equal(data.part[others], before.part[others])
+    for name, part in (("history", TRAIN), ("test", TEST)):
+        rows = (before.part == part) & torch.isin(before.user, held)
+        assert set(zip(*new[name].tolist())) == set(zip(before.user[rows].tolist(), before.item[rows].tolist()))
+    time = {(u, i): t for u, i, t in zip(before.user.tolist(), before.item.tolist(), before.time.tolist())}
+    for u in held.tolist():
+        mine = [time[u, i] for v, i in new["history"].T.tolist() if v == u]
+        assert mine == sorted(mine) and len(mine) > 3
+    again, other = load(), load()
+    assert torch.equal(train.hold_out_users(again, 0.2, 1)["history"], new["history"])
+    assert not torch.equal(train.hold_out_users(other, 0.2, 2)["history"], new["history"])
+    assert [x.shape for x in train.hold_out_users(load(), 0.0, 1).values()] == [(2, 0)] * 2
+    assert len(load().user.unique()) - len((lambda d: (train.hold_out_users(d, 0.5, 1), d.user[d.part == train.NEW].unique())[1])(load())) == 16
+
+
+def test_new_users_of_a_run_are_unknown_to_its_graph(run):
+    new = set(run.new["history"][0].tolist())
+    assert len(new) == 4 and not new & set(run.liked[0].tolist())
+    degree = run.model.graph.row_ptr.diff()
+    assert all(degree[u] == 0 for u in new) and sorted(new | set(run.users.tolist())) == list(range(40))
+
+
+def test_pairs_are_test_interactions_with_another_user(run):
+    pairs = train.draw_pairs(run, TEST, 25)
+    known = set(zip(*torch.stack(run.data.pairs(TEST)).tolist()))
+    drawn = list(zip(pairs.user.tolist(), pairs.item.tolist()))
+    assert len(set(drawn)) == 25 and set(drawn) <= known
+    assert (pairs.user != pairs.other).all() and set(pairs.other.tolist()) <= set(run.users.tolist())
+    everybody = train.draw_pairs(run, TRAIN, 10**6)
+    assert len(everybody.user) == run.liked.shape[1] and set(everybody.other.tolist()) == set(run.users.tolist())
+
+
+def pictures(content):
+    return [x.tobytes() for x in content.images.numpy()]
+
+
+def test_variants_are_what_their_names_say(run, smoke):
+    pairs = train.draw_pairs(run, TEST, 12)
+    swapped = pairs._replace(user=pairs.other, other=pairs.user)
+
+    def made(variant, pairs=pairs):
+        return train.make(run, variant, pairs, torch.Generator().manual_seed(1))
+    own, other = made("real")
+    assert torch.equal(own.tokens, run.tokens[pairs.item]) and torch.equal(own.images, train.to_float(run.images[pairs.item]))
+    place = [run.tokens.tolist().index(row) for row in other.tokens.tolist()]
+    assert torch.equal(run.prompt[place], run.prompt[pairs.item]) and place != pairs.item.tolist()
+    null = made("unpersonalized")
+    assert [pictures(x) for x in null] == [pictures(x) for x in made("unpersonalized", swapped)] and pictures(null[0]) != pictures(null[1])
+    before, after = made("before_reward"), made("after_reward")
+    assert pictures(before[0]) != pictures(after[0]) and pictures(after[0]) != pictures(made("after_reward", swapped)[0])
+    tables = {m: getattr(run.model, m).preference.weight for m in MODALITIES}
+    final = read_checkpoint(smoke / "checkpoint.pt")["model"]
+    assert all(torch.equal(table, final[f"{m}.preference.weight"]) for m, table in tables.items())      # they are back
+
+
+class PerfectReferee(nn.Module):
+    """Knows each picture of the catalogue."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.known = {x.tobytes(): row for x, row in zip(train.to_float(run.images).numpy(), run.world.items)}
+
+    def read(self, pictures):
+        return torch.tensor(np.stack([self.known[x.tobytes()][:4] for x in pictures.numpy()]))
+
+
+@pytest.fixture
+def exact(run, monkeypatch):
+    """exact_measures of contents for pairs, by a referee that never errs."""
+    monkeypatch.setitem(run.modules._modules, "referee", PerfectReferee(run))
+    return lambda pairs, content: train.exact_measures(run, pairs.user, pairs.item, content)
+
+
+def test_real_items_are_right_and_useful_as_the_tastes_say(run, exact):
+    pairs = train.draw_pairs(run, TEST, 30)
+    found = exact(pairs, train.contents(run, pairs.item))
+    for name in ("prompt_image", "prompt_text", "consistency", "grammatical"):
+        assert found[name].all(), name
+    for n, (user, item) in enumerate(zip(pairs.user.tolist(), pairs.item.tolist())):
+        value = dict(zip(ATTRIBUTES, run.world.items[item]))
+        for m, attributes in (("image", ("setting", "colour", "pattern")), ("text", ("setting", "tone"))):
+            likings = [run.world.tastes[a][user][value[a]] / max(run.world.tastes[a][user]) for a in attributes]
+            assert math.isclose(found[f"utility_{m}"][n], sum(likings) / len(likings), rel_tol=1e-6)
+
+
+def test_a_wrong_picture_or_text_lowers_the_right_measure_and_no_other(run, exact):
+    pairs, world = train.draw_pairs(run, TEST, 1), run.world.items
+    item = int(pairs.item[0])
+    right = exact(pairs, train.contents(run, pairs.item))
+
+    def with_other(same, different):
+        """An item that shares some attributes and differs in others."""
+        names = list(ATTRIBUTES)
+        fits = [n for n, row in enumerate(world) if all(row[names.index(a)] == world[item][names.index(a)] for a in same)
+                and all(row[names.index(a)] != world[item][names.index(a)] for a in different)]
+        return torch.tensor(fits[:1])
+
+    def lowered(images=None, texts=None, tokens=None):
+        content = train.contents(run, pairs.item)
+        content = content._replace(**({"images": train.contents(run, images).images} if images is not None else {}),
+                                   **({"tokens": run.tokens[texts] if tokens is None else tokens} if (texts, tokens) != (None, None) else {}))
+        found = exact(pairs, content)
+        return {name for name in found if found[name] != right[name]}
+    subject, setting = with_other(("setting",), ("subject", "colour")), with_other(("subject",), ("setting",))
+    assert lowered(images=subject) - {"utility_image"} == {"prompt_image", "consistency"}
+    assert lowered(images=setting) == {"consistency", "utility_image"}
+    assert lowered(texts=with_other(("setting", "tone"), ("subject",))) == {"prompt_text", "consistency"}
+    assert lowered(texts=with_other(("subject", "tone"), ("setting",))) == {"consistency", "utility_text"}
+    assert lowered(texts=with_other(("subject", "setting"), ("tone",))) == {"utility_text"}
+    garbage, _ = run.model.tokenizer.encode_batch(["no such sentence"], 40)
+    assert lowered(tokens=garbage) == {"prompt_text", "consistency", "utility_text", "grammatical"}
+
+
+def test_scorer_and_judge_share_no_item_no_parameter_and_no_seed(spare, monkeypatch):
+    items, drawn, generators, fit = train.scorer_items(spare), {}, [], train.fit
+    halves = [set(items[name].tolist()) for name in ("scorer", "judge")]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == set(spare.seen.tolist())
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+
+    class Watched:
+        """Rows of a tensor, and who asked for them."""
+
+        def __getitem__(self, rows):
+            drawn.setdefault(spare.stage, set()).update(rows.tolist())
+            return tokens[rows]
+
+    def watched_fit(run, *args, **kwargs):
+        run.tokens = Watched()
+        fit(run, *args, **kwargs)
+        run.tokens = tokens
+    monkeypatch.setattr(train, "fit", watched_fit)
+    original = train.Run.generator
+    monkeypatch.setattr(train.Run, "generator", lambda self, stage, step=0: (
+        generators.append((stage, step, (g := original(self, stage, step)).initial_seed())), g)[1])
+    tokens, modules = spare.tokens, {"scorer": spare.model.scorer, "judge": spare.modules["judge"]}
+    before = {name: hashes(module) for name, module in modules.items()}
+    for name in modules:
+        spare.stage, spare.step = name, 0
+        train.train_scorer(spare)
+        changed = {n for n, module in modules.items() if hashes(module) != before[n]}
+        assert changed == ({"scorer"} if name == "scorer" else {"scorer", "judge"})
+    assert drawn["scorer"] <= halves[0] and drawn["judge"] <= halves[1] and all(len(d) > 30 for d in drawn.values())
+    seeds = [{seed for stage, _, seed in generators if stage == name} for name in modules]
+    assert len(seeds[0]) == len(seeds[1]) == 20 and not seeds[0] & seeds[1]
+    places = [{p.data_ptr() for p in module.parameters()} for module in modules.values()]
+    assert not places[0] & places[1]
+
+
+def test_scorer_and_judge_start_differently(run):
+    new = train.Run(run.cfg, train.dataclasses.replace(run.train, new_users=0), run.data, run.world, run.out, run.device)
+    for name, value in new.model.scorer.named_parameters():
+        if value.ndim > 1:
+            assert not torch.equal(value, dict(new.modules["judge"].named_parameters())[name]), name
+
+
+# ---- the reward changes two tables
+
+TABLES = {f"model.{m}.preference.weight" for m in MODALITIES}
+
+
+def before_reward(run):
+    """Back to where the reward stage begins; a code that nobody has: row 15 of each table."""
+    for m in MODALITIES:
+        getattr(run.model, m).preference.weight.data.copy_(run.tables[m])
+    run.stage, run.step = "reward", 0
+
+
+def changed_by_reward(run):
+    before = hashes(run.modules)
+    train.train_reward(run)
+    after = hashes(run.modules)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_reward_changes_the_two_tables_and_no_other_bit(spare, smoke):
+    before_reward(spare)
+    assert changed_by_reward(spare) == TABLES
+    final = read_checkpoint(smoke / "checkpoint.pt")["model"]
+    for name in TABLES:     # and as the run in another process did
+        assert torch.equal(spare.modules.state_dict()[name], final[name.removeprefix("model.")])
+    assert all(p.requires_grad for p in spare.model.parameters())
+
+
+def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(spare, monkeypatch):
+    spare.cfg = train.dataclasses.replace(spare.cfg, reward=train.dataclasses.replace(spare.cfg.reward, rounds=2, log_every=9))
+    monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
+
+    def moved():
+        before_reward(spare)
+        for m in MODALITIES:
+            getattr(spare.model, f"tokens_{m}")[:, 1].clamp_(max=6)
+        changed = changed_by_reward(spare)
+        unused = [not torch.equal(getattr(spare.model, m).preference.weight[15], spare.tables[m][15]) for m in MODALITIES]
+        return changed == TABLES, any(unused)
+    assert moved() == (True, False)
+    decay = dict(lr=0.01, weight_decay=0.1)
+    monkeypatch.setattr(train, "token_optimizer", lambda tables, cfg: torch.optim.AdamW(tables.values(), **decay))
+    assert moved() == (True, True)
+    monkeypatch.setattr(train.DPPMG, "requires_grad_", lambda self, flag: nn.Module.requires_grad_(self, True))
+    monkeypatch.setattr(train, "token_optimizer", lambda tables, cfg: torch.optim.AdamW(spare.model.parameters(), **decay))
+    assert moved() == (False, True)
+
+
+# ---- every training step waits for nothing
+
+class OneStep(Exception):
+    """A training step has been made."""
+
+
+@pytest.mark.parametrize("stage", [s for s in train.STAGES if s not in ("features", "evaluation")])
+def test_training_steps_never_look_at_a_number(spare, monkeypatch, stage):
+    """On the meta device there are none: .item(), boolean masks and shapes that depend on data all raise there."""
+    def one_step(run, optimizer, steps, losses, schedule=None, after=None, **_):
+        parts = losses(None)
+        parts["loss"].backward()
+        optimizer.step()
+        if after:
+            after(0)
+        assert all(value.is_meta for value in parts.values())
+        assert any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        raise OneStep
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(train, "fit", one_step)
+    monkeypatch.setattr(train, "watch", lambda run: None)
+    monkeypatch.setattr(train, "draw", lambda n, size, _: torch.randint(n, (size,), device="meta"))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs))    # no fused one there
+    monkeypatch.setattr(train.Run, "generator", lambda *_: None)
+    spare.modules.to("meta")
+    spare.model.to("meta")
+    spare.device = torch.device("meta")
+    for name in ("tokens", "images", "prompt", "liked", "seen", "users"):
+        setattr(spare, name, getattr(spare, name).to("meta"))
+    spare.tables = {m: table.to("meta") for m, table in spare.tables.items()}
+    spare.stage, spare.step, spare.train = stage, 0, TrainConfig(referee_pictures=16)
+    with pytest.raises(OneStep):
+        train.STAGES[stage](spare)
+
+
+# ---- the loop
+
+def toy_stage(run, stop_at=None, steps=20):
+    """A stage that fits a small layer; an interrupt comes within step `stop_at`."""
+    net = run.modules["toy"]
+
+    def losses(generator):
+        x = torch.randn(8, 4, generator=generator)
+        run.interrupted = run.step == stop_at
+        return {"loss": (net(x) - x.flip(1)).square().mean(), "size": net.weight.square().sum()}
+    train.fit(run, train.adamw(net, 0.05, 0.1), steps, losses, every=4)
+
+
+def test_twenty_steps_are_ten_and_ten_after_a_restart(smoke, tmp_path):
+    runs = [reopen(smoke, tmp_path / name) for name in ("whole", "begun", "resumed")]
+    for run in runs:
+        torch.manual_seed(0)
+        run.modules["toy"], run.stage, run.step, run.log = nn.Linear(4, 4), "toy", 0, []
+    whole, begun, resumed = runs
+    toy_stage(whole)
+    with pytest.raises(KeyboardInterrupt):
+        toy_stage(begun, stop_at=9)
+    resumed.restore(begun.out / "checkpoint.pt")
+    assert (resumed.stage, resumed.step) == ("toy", 10)
+    toy_stage(resumed)
+    assert hashes(whole.modules) == hashes(resumed.modules) and whole.log == resumed.log and len(whole.log) == 10
+    fresh = [row for row in whole.log if row[2] == "loss"]
+    assert fresh[-1][3] < 0.7 * fresh[0][3]         # it learns, too
+
+
+@pytest.mark.parametrize("what, message", [
+    ("loss", "stage toy, step 3: loss is nan; .* lower learning rate"), ("gradient", "stage toy, step 3: gradient is (inf|nan)"),
+    ("parameter", "stage toy, step 3: toy.weight is not finite")])
+def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare, what, message):
+    spare.modules["toy"], spare.stage, spare.step = nn.Linear(2, 2, bias=False), "toy", 0
+    weight = spare.modules["toy"].weight
+
+    def losses(_):
+        loss = weight.square().sum()
+        if spare.step == 3:
+            loss = {"loss": loss * math.nan, "gradient": loss + (0 * weight).abs().sqrt().sum(), "parameter": loss}[what]
+        return {"loss": loss}
+
+    def after(step):
+        if what == "parameter" and step == 2:
+            weight.data[0, 1] = math.inf
+            spare.save()
+    spare.save()
+    before = digest(spare.out)
+    with pytest.raises(train.Diverged, match=message):
+        train.fit(spare, train.adamw(spare.modules["toy"], 0.01), 9, losses, after=after)
+    assert digest(spare.out) == before
+    with pytest.raises(train.Diverged, match="is not finite; the last good checkpoint is kept"):
+        weight.data.fill_(math.nan)
+        spare.save()
+    assert digest(spare.out) == before
+
+
+# ---- what a run leaves
+
+VARIANTS = {"real", "unpersonalized", "before_reward", "after_reward"}
+JUDGED = {"judge_swap_image", "judge_swap_text", "judge_consistency", "judge_prompt_image", "judge_prompt_text", "frechet_image", "copied"}
+EXACT = {"prompt_image", "prompt_text", "consistency", "utility_image", "utility_text", "grammatical", "swap_image", "swap_text"}
+
+
+def intervals(value):
+    """All dicts of mean, low and high within."""
+    if isinstance(value, dict) and "mean" in value:
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from intervals(inner)
+
+
+def test_a_run_leaves_its_files_and_says_what_it_did(smoke):
+    assert {p.name for p in smoke.iterdir()} == {"config.json", "checkpoint.pt", "log.csv", "metrics.json", "report.html", "stickers"}
+    printed = (smoke.parent / "printed.txt").read_text()
+    for stage in train.STAGES:
+        assert re.search(rf"^{stage} +\d+\.\d s   \S.*$", printed, re.MULTILINE), stage
+    config = json.loads((smoke / "config.json").read_text())
+    assert config["settings"]["gnn"]["steps"] == 30 and config["data"] is None and len(config["fingerprint"]) == 64
+
+
+def test_metrics_are_those_of_the_design(smoke):
+    found = json.loads((smoke / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {"dataset", "seed", "device", "threads", "seconds", "cpu_seconds", "peak_memory_mb", "stage1", "codebook", "generation"} <= set(found)
+    assert (found["dataset"], found["seed"], found["device"], found["threads"]) == ("stickers", 0, "cpu", 1)
+    for clock in ("seconds", "cpu_seconds"):
+        times = found[clock]
+        assert set(train.STAGES) <= set(times) and all(t >= 0 for t in times.values())
+        assert math.isclose(times["total"], sum(t for stage, t in times.items() if stage != "total"), abs_tol=0.2)
+    assert 100 < found["peak_memory_mb"] < 3000
+    assert {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text", "recall@20_quantized"} <= set(found["stage1"])
+    for m in MODALITIES:
+        health = found["codebook"][m]
+        assert len(health["usage"]) == len(health["perplexity"]) == 2 and {"explained", "collision_rate"} <= set(health)
+        assert all(0 < u <= 1 for u in health["usage"]) and all(1 <= p <= 8 for p in health["perplexity"])
+    assert set(found["generation"]) == VARIANTS
+    for variant, measured in found["generation"].items():
+        assert set(measured) == JUDGED | EXACT, variant
+        assert all(0 <= measured[name]["mean"] <= 1 for name in (JUDGED | EXACT) - {"frechet_image"})
+    assert all(x["low"] <= x["mean"] <= x["high"] for x in intervals(found))
+    real, null = found["generation"]["real"], found["generation"]["unpersonalized"]
+    assert real["prompt_text"]["mean"] == real["grammatical"]["mean"] == 1 and real["copied"]["mean"] > 0.7
+    assert null["swap_image"]["low"] <= 0.5 <= null["swap_image"]["high"]
+    assert {str(k) for k in (1, 2, 5, 10, 20)} <= set(found["new_users"]) and set(found["probe"]) == set(ATTRIBUTES)
+
+
+def test_the_log_can_be_read(smoke):
+    with open(smoke / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"stage", "step", "name", "value"}
+    assert all(math.isfinite(float(row["value"])) and int(row["step"]) >= 0 for row in rows)
+    assert {"autoencoder", "gnn", "codebook", "text", "image", "scorer", "judge", "referee", "reward"} == {row["stage"] for row in rows}
+    reward = {row["name"] for row in rows if row["stage"] == "reward"}
+    assert {"consistency", "s_image", "s_text", "kl_image", "kl_text", "valid_consistency", "valid_utility_image"} <= reward
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, attributes and words of a page; fails where a tag is closed that is not open."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img", "br", "path", "polyline", "html", "body"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in ("html", "body"):
+            assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def handle_comment(self, data):
+        pytest.fail(f"a comment: {data}")
+
+
+def check_harmless(page):
+    """No code, no reference to anything outside of the page."""
+    assert not page.open
+    assert set(page.tags) <= set("html meta title style body h1 h2 h3 p table thead tr th td img figure figcaption br small svg text "
+                                 "path polyline section details summary".split())
+    for name, value in page.attributes:
+        assert not name.startswith("on") and name not in ("href", "srcdoc", "action", "data", "formaction"), name
+        assert name != "src" or re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
+        assert name != "style" or "url" not in value
+
+
+def test_the_report_is_one_harmless_file(smoke):
+    page = Page(smoke / "report.html")
+    check_harmless(page)
+    source = (smoke / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|file:|<script|@import|url\(", source)
+    assert page.tags.count("section") == 12 and page.tags.count("svg") > 8
+    assert page.tags.count("img") > 64 + 12 * 6
+    words = " ".join(page.words)
+    for name in JUDGED | EXACT | {"recall@20", "usage", "Preference tokens", "cos ", "u00"}:
+        assert name in words, name
+
+
+# ---- interrupted, hostile, killed
+
+HOSTILE = ['<script>alert("x")</script>', "</title><img src=x onerror=alert(1)>", "a & b &amp; 'c' \"d\"", "<!-- http://evil.example -->",
+           "</td></table><b>\u202eabc", "{} %s \\ ${x} 100 %"]
+
+
+def hostile_folder(folder):
+    """14 users and 30 items whose ids, texts and prompts want to be HTML."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    names = [f"{HOSTILE[n % 6].replace('/', '|')[:40]}{n}" for n in range(30)]
+    for n, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(folder / "images" / f"{name}.png")
+    with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["item", "text", "prompt"], *([name, f"{HOSTILE[n % 5]} {n % 7}", HOSTILE[n % 4].replace(",", "")]
+                                                                   for n, name in enumerate(names))])
+    with open(folder / "interactions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["user", "item"], *([f"{HOSTILE[u % 6]}{u}", names[i]] for u in range(14)
+                                                         for i in rng.permutation(30)[:12])])
+
+
+def interrupt_at(monkeypatch, stage, step):
+    """Ctrl-C when the randomness of this step is asked for."""
+    original = train.Run.generator
+
+    def generator(self, *args):
+        if (args + (0,))[:2] == (stage, step):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+    monkeypatch.setattr(train.Run, "generator", generator)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_hostile_folder_harms_nothing(tmp_path, capsys, monkeypatch):
+    data, out = tmp_path / "<b>&'data'", tmp_path / "run"
+    hostile_folder(data)
+    arguments = ["--smoke", "--data", data, "--out", out]
+    for stage, step in (("gnn", 3), ("evaluation", 0)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, stage, step)
+            assert main(*arguments) == 130
+        printed, errors = capsys.readouterr()
+        assert errors == f"interrupted; go on with: python train.py --resume --out {out}\n"
+        saved = read_checkpoint(out / "checkpoint.pt")
+        assert (saved["stage"], saved["step"]) == ((stage, step + 1) if stage == "gnn" else ("reward", 4))
+        assert saved["done"] == list(train.STAGES)[:list(train.STAGES).index(stage)]
+        arguments = ["--resume", "--out", out]
+    assert main(*arguments) == 0
+    printed, errors = capsys.readouterr()
+    assert errors == "" and "evaluation" in printed and "autoencoder" not in printed
+    found = json.loads((out / "metrics.json").read_text())
+    assert all(set(measured) == JUDGED for measured in found["generation"].values()) and found["dataset"] == data.name
+    page = Page(out / "report.html")
+    check_harmless(page)
+    source, seen = (out / "report.html").read_text(encoding="utf-8"), " ".join(page.words + [v for _, v in page.attributes if v])
+    assert "<script" not in source and "<b>" not in source and "onerror=alert(1)>" not in source
+    for text in (*HOSTILE[:4], data.name):
+        assert text in seen, text
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(chain):
+    """And therefore two runs with one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
+    printed, errors = chain.communicate(timeout=300)
+    assert chain.returncode == 0, printed + errors
+    assert printed.count("the same bits") == 1 and printed.count(",") >= 7
+
+
+def test_runs_that_differ_are_told_apart(smoke, tmp_path):
+    """The comparison of kill_resume.py sees a single bit, a missing row of the log, a file that was left."""
+    for name, change in {"checkpoint/model/text.null": lambda f: save(f, lambda c: c["model"]["text.null"].view(torch.int32)[0, :1].bitwise_xor_(1)),
+                         "checkpoint/others/average/null": lambda f: save(f, lambda c: c["others"]["average"]["null"].neg_()),
+                         "metrics/stage1/recall@20": lambda f: alter(f / "metrics.json", '"recall@20": 0', '"recall@20": 1'),
+                         "log": lambda f: alter(f / "log.csv", "gnn,30", "gnn,31"),
+                         "files": lambda f: (f / ".checkpoint.pt.1.tmp").write_text("")}.items():
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(smoke, tmp_path / "copy", ignore=shutil.ignore_patterns("stickers"))
+        (tmp_path / "copy" / "stickers").mkdir()
+        assert differences(smoke, tmp_path / "copy") == []
+        change(tmp_path / "copy")
+        assert [d for d in differences(smoke, tmp_path / "copy") if d.startswith(name)], name
+
+
+def save(folder, change):
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    change(checkpoint)
+    torch.save(checkpoint, folder / "checkpoint.pt")
+
+
+def alter(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+# ---- mistakes
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--gnn-lrr", "1"], "unknown flag --gnn-lrr: known are --gnn-lr"), (["--gnn-lr", "nan"], "GNNConfig.lr=nan: need a finite"),
+    (["--image-size", "33"], "ImageConfig.size=33"), (["--reward-lambda-c", "inf"], "RewardConfig.lambda_c=inf"),
+    (["--text-width", "x"], "invalid int value: 'x'"), (["--new-users", "nan"], "TrainConfig.new_users=nan"),
+    (["--interactions", "1000"], "TrainConfig.interactions=1000"), (["--seed", "-1"], "MethodConfig.seed=-1"),
+    (["--checkpoint-seconds", "inf"], "TrainConfig.checkpoint_seconds=inf"), (["--device", "gpu"], "--device gpu: not to be had here"),
+    (["--data", "nowhere"], "nowhere: does not exist"), (["--resume"], "--resume: no unfinished run in runs/"),
+    (["--resume", "--out", "nowhere"], "nowhere holds no run"), (["--out", "file"], "--out file: exists and is not a run"),
+    (["--out", "file/below"], "file/below"), (["--out", "full"], "--out full: exists and is not a run"),
+    (["--out", "odd"], "odd/config.json: not the settings of a run"), (["--resume", "--out", "odd"], "odd/config.json: not the settings"),
+    (["--study", "everything"], "invalid choice: 'everything'"), (["stray"], "stray")])
+def test_a_users_mistake_costs_one_line_and_status_2_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    for name, file in (("full", "letter.txt"), ("odd", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text('{"settings": 3}')
+    before = digest(tmp_path)
+    assert main("--smoke", *arguments) == 2
+    printed, errors = capsys.readouterr()
+    assert errors.count("\n") == 1 and errors.startswith("train.py: error: ") and message in errors
+    assert digest(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["file", "full", "odd"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--smoke"], "this run is finished; choose another"), (["--resume"], "this run is finished"),
+    (["--smoke", "--gnn-steps", "31"], "finished|other settings")])
+def test_a_finished_run_is_not_touched(smoke, capsys, arguments, message):
+    before = digest(smoke)
+    assert main(*arguments, "--out", smoke) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and re.search(message, errors) and digest(smoke) == before
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--smoke", "--gnn-steps", "31"], r"holds a run with other settings \(--gnn-steps\)"), ([], "other settings"),
+    (["--resume", "--text-lr", "0.5"], r"other settings \(--text-lr\)"), (["--smoke", "--study", "pareto"], r"\(--study\)"),
+    (["--resume", "--data", "."], r"\(--data\)")])
+def test_another_configurations_run_is_not_touched(spare, capsys, arguments, message):
+    before = digest(spare.out)
+    assert main(*arguments, "--out", spare.out) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and re.search(message, errors) and digest(spare.out) == before
+
+
+def test_data_that_changed_since_is_noticed(spare, capsys):
+    alter(spare.out / "stickers" / "interactions.csv", "u000,s", "u001,s")
+    assert main("--resume", "--out", spare.out) == 2
+    assert "the data has changed since this run began" in capsys.readouterr().err
+
+
+def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
+    config = json.loads((spare.out / "config.json").read_text())
+    for group, value in (("gnn", config["settings"]["gnn"] | {"dim": "wide"}), ("gnn", 3), ("vq", {})):
+        (spare.out / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {group: value}}))
+        assert main("--resume", "--out", spare.out) == 2
+        assert re.fullmatch("train.py: error: .*config.json: not the settings of a run.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name, value", [("model", 3), ("others", 3), ("others", {"judge": {}}), ("tables", None), ("done", None)])
+def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
+    path = spare.out / "checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    checkpoint = {k: v for k, v in checkpoint.items() if k != "done"} if name == "done" else checkpoint | {name: value}
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match="checkpoint.pt: does not fit this run"):
+        spare.restore(path)
+
+
+def test_a_full_disk_costs_one_line_and_the_last_checkpoint_stays(spare, capsys):
+    before, (soft, hard) = digest(spare.out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    spare.done.remove("evaluation")
+    spare.save()
+    before = digest(spare.out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        status = main("--resume", "--out", spare.out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    errors = capsys.readouterr().err
+    assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors and digest(spare.out) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_out_costs_one_line(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main("--smoke", "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for item in "abcdef":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "images" / f"{item}.png")
+    (tmp_path / "data" / "items.csv").write_text("item,text\n" + "".join(f"{i},item {i}\n" for i in "abcdef"))
+    (tmp_path / "data" / "interactions.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u in "xy" for i in "abcdef"))
+    assert main("--smoke", "--data", tmp_path / "data", "--out", tmp_path / "run") == 2
+    assert "2 users to test on (need 3)" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_names_stage_and_step_and_leaves_a_checkpoint_that_loads(tmp_path, capsys):
+    few = [x for name in ("image-ae", "gnn", "vq") for x in (f"--{name}-steps", "2")]
+    out = tmp_path / "run"
+    status = main("--smoke", "--items", "40", "--users", "8", "--interactions", "10", *few, "--text-lr", "1e30",
+                  "--checkpoint-seconds", "0", "--out", out)
+    errors = capsys.readouterr().err
+    assert status == 1 and errors.count("\n") == 1
+    assert re.match(r"train.py: error: stage text, step 1: \S+ is (nan|inf|not finite)", errors), errors
+    saved = read_checkpoint(out / "checkpoint.pt")
+    assert saved["done"] == ["autoencoder", "features", "gnn", "codebook"]
+    assert all(x.isfinite().all() for x in saved["model"].values())
+
+
+def test_help_names_every_setting(capsys):
+    assert main("--help") == 0
+    words = capsys.readouterr().out
+    for group, name, field, text in train.settings(train.PARTS):
+        assert re.search(rf"^  {train.flag_of(group, name)}\b", words, re.MULTILINE), name
+        assert text, f"{group}.{name} has no help"
+    assert all(flag in words for flag in ("--data", "--out", "--resume", "--smoke", "--study", "--device"))
+
+
+def test_flags_reach_the_settings():
+    _, given = train.parse_arguments(["--gnn-dim", "12", "--seed", "3", "--width", "40", "--text-width", "48", "--users", "9"])
+    assert given["gnn"] == {"dim": 12} and given["method"] == {"seed": 3} and given["train"] == {"users": 9}
+    assert given["text"] == {"width": 48} and given["image"] == {"width": 40}
+
+
+# ---- studies
+
+def test_the_pareto_study_shares_the_stages_before_the_reward(spare, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RATIOS", ((0.0, 1.0), (1.0, 0.0)))
+    before_reward(spare)
+    spare.done = list(train.SHARED["pareto"])
+    start = hashes(spare.modules)
+    train.run_study(spare, "pareto")
+    rows = json.loads((spare.out / "study.json").read_text())
+    assert [row["row"] for row in rows] == ["no reward", "0 : 1", "1 : 0"]
+    assert all(row["consistency"]["low"] <= row["consistency"]["mean"] <= row["consistency"]["high"] for row in rows)
+    assert hashes(spare.modules) == start
+    trained = [read_checkpoint(spare.out / name / "checkpoint.pt")["model"] for name in ("ratio-0-1", "ratio-1-0")]
+    for name, value in spare.model.state_dict().items():
+        same = [torch.equal(value, model[name]) for model in trained]
+        assert same == [f"model.{name}" not in TABLES] * 2, name
+    assert not torch.equal(*(model["text.preference.weight"] for model in trained))
+    page = Page(spare.out / "study.html")
+    check_harmless(page)
+    assert page.tags.count("tr") == 4 and page.tags.count("svg") == 1
+    assert "-- pareto: 1 : 0" in capsys.readouterr().out
+
+
+def test_an_interrupted_bits_study_keeps_the_raw_row_that_it_has_trained(spare, monkeypatch):
+    monkeypatch.setattr(train, "BITS", ())
+    def raw():
+        return [row for label, row, _ in train.study_rows(spare, "bits") if label.startswith("raw")][0]
+    row = raw()
+    row.done.append("text")
+    row.model.text.preference.weight.data.fill_(7.0)
+    row.save()
+    assert (raw().model.text.preference.weight == 7).all()
+    assert torch.equal(raw().model.tokens_text, torch.arange(40)[:, None])
