@@ -20,7 +20,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class RewardConfig:
     """Settings of the scorer (and its twin, the judge), of the reward and of REINFORCE."""
-    lambda_c: float = 1.0             # weight of the consistency of image and text (DESIGN 1.6)
+    lambda_c: float = 3.0             # weight of the consistency of image and text (DESIGN 1.6)
     lambda_p: float = 1.0             # weight of the personalization score of stage 1 (DESIGN 1.6)
     scorer_width: int = 32            # channels of the scorer's first convolution; text: twice as wide
     scorer_dim: int = 64              # D, width of the shared embedding
@@ -30,16 +30,16 @@ class RewardConfig:
     scorer_temperature: float = 0.07  # InfoNCE temperature at the start, learnt in [0.01, 1] (CLIP, Sec. 2.5)
     scorer_shift: int = 4             # pixels of 32 by which training moves a picture, either way; 0 = never
     scorer_drop: float = 0.1          # probability of hiding a text token from the scorer in training
-    rounds: int = 60                  # REINFORCE updates; 0 = no reward stage
-    groups: int = 24                  # G, (user, prompt) groups in a round
-    images: int = 8                   # S_i, images sampled in a group
-    texts: int = 16                   # S_t, texts sampled in a group: cheaper than images
-    lr_image: float = 0.006           # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
-    lr_text: float = 0.05             # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
+    rounds: int = 80                  # REINFORCE updates; 0 = no reward stage
+    groups: int = 64                  # G, (user, prompt) groups in a round
+    images: int = 4                   # S_i, images sampled in a group
+    texts: int = 8                    # S_t, texts sampled in a group: cheaper than images
+    lr_image: float = 0.06            # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
+    lr_text: float = 0.005            # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
     diffusion_steps: int = 5          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
     grad_steps: int = 1               # of these, the first ones, which are differentiated
     kl_weight: float = 0.0            # weight of the KL from the starting tokens, per nat (bounds the drift)
-    log_every: int = 5                # rounds between two lines with the exact or the judge's measures
+    log_every: int = 16               # rounds between two lines with the exact or the judge's measures
 
     def __post_init__(self):
         limits = {"lambda_c": 0, "lambda_p": 0, "kl_weight": 0, "scorer_shift": 0, "rounds": 0, "images": 2,

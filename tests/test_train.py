@@ -601,7 +601,7 @@ def hostile_folder(folder):
     """14 users and 30 items whose ids, texts and prompts want to be HTML."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
-    names = [f"{HOSTILE[n % 6].replace('/', '|')[:40]}{n}" for n in range(30)]
+    names = [re.sub(r"[/\\]", "|", HOSTILE[n % 6])[:40] + str(n) for n in range(30)]
     for n, name in enumerate(names):
         Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(folder / "images" / f"{name}.png")
     with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
