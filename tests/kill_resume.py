@@ -80,7 +80,7 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if key not in IGNORED:
-                yield from leaves(inner, f"{name}/{key}")
+                yield from leaves(inner, f"{name}/{key}" if name else key)
     elif isinstance(value, torch.Tensor):
         yield name, (value.dtype, value.shape, value.contiguous().numpy().tobytes())
     else:
