@@ -454,6 +454,11 @@ class Config:
     image: ImageConfig = ImageConfig()
     reward: RewardConfig = RewardConfig()
 
+    def __post_init__(self):
+        if self.reward.rounds and not (self.image.eta and self.text.temperature):       # else noticed only after all training
+            raise ValueError(f"ImageConfig.eta={self.image.eta}, TextConfig.temperature={self.text.temperature}: the reward needs "
+                             "both > 0, samples that have a density; or set RewardConfig.rounds=0")
+
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
         """The Config whose asdict() this is. Raises ValueError on an unknown or missing setting, TypeError on an ill-typed one."""

@@ -5,9 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small sums are no faster on two threads, round otherwise, and crawl where another process wants the second core."""
+    torch.set_num_threads(1)
 
 
 def spawn(*arguments: str, **options) -> subprocess.Popen:

@@ -278,20 +278,32 @@ def slow_advantage(reward):
     return [r - sum(x for j, x in enumerate(reward) if j != i) / (len(reward) - 1) for i, r in enumerate(reward)]
 
 
-def slow_normalized(x):
-    x = torch.stack(x)
-    return (x - x.mean()) / (x.var(unbiased=False).sqrt() + 1e-4)
+def slow_normalized(groups):
+    """Each group without its mean, over the deviation that all have together."""
+    centred = [[x - sum(group) / len(group) for x in group] for group in groups]
+    size = (sum(x * x for group in centred for x in group) / sum(map(len, centred))) ** 0.5 + 1e-4
+    return [[x / size for x in group] for group in centred]
 
 
-def slow_rewards(model, pictures, latents, texts, user):
-    """Rewards of one group's images and texts, by the formula, pair by pair."""
-    cfg = model.cfg.reward
+def slow_terms(model, pictures, latents, texts, user):
+    """(modality, term) -> one value for each of a group's images or texts, by the formula, pair by pair."""
     x, y = model.scorer.encode_image(pictures), model.scorer.encode_text(texts)
     cosine = [[(a * b).sum() for b in y] for a in x]
-    s = {m: [getattr(model, f"preference_{m}")[user] @ model.gnn.embed_content(m, features(one[None]))[0] for one in made]
-         for m, features, made in (("image", model.image_features, latents), ("text", model.text_features, texts))}
-    c = {"image": [sum(row) / len(row) for row in cosine], "text": [sum(column) / len(column) for column in zip(*cosine)]}
-    return {m: cfg.lambda_c * slow_normalized(c[m]) + cfg.lambda_p * slow_normalized(s[m]) for m in MODALITIES}
+    found = {("image", "c"): [sum(row) / len(row) for row in cosine],
+             ("text", "c"): [sum(column) / len(column) for column in zip(*cosine)]}
+    for m, features, made in (("image", model.image_features, latents), ("text", model.text_features, texts)):
+        w_f = [model.gnn.embed_content(m, features(one[None]))[0] for one in made]
+        found[m, "s"] = [getattr(model, f"preference_{m}")[user] @ x for x in w_f]
+    return found
+
+
+def slow_rewards(model, terms):
+    """{modality: [[reward of each sample] of each group]} from the terms of each group."""
+    cfg, rewards = model.cfg.reward, {}
+    for m in MODALITIES:
+        c, s = (slow_normalized([group[m, term] for group in terms]) for term in "cs")
+        rewards[m] = [[cfg.lambda_c * a + cfg.lambda_p * b for a, b in zip(*group)] for group in zip(c, s)]
+    return rewards
 
 
 def slow_text_log_prob(model, tokens, prompt, prefs):
@@ -315,17 +327,19 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     n_image, n_text = cfg.reward.images, cfg.reward.texts
     chain = model.sample_chain(prompt.repeat_interleave(n_image, 0), prefs["image"].repeat_interleave(n_image, 0), g, 5)
     texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g, top_p=1.0)
-    pictures, loss, score = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0, 0.0
-    for n, user in enumerate(users):
-        mine, written = slice(n * n_image, (n + 1) * n_image), texts[n * n_text:(n + 1) * n_text]
-        reward = slow_rewards(model, pictures[mine], chain[-1, mine], written, user)
-        for advantage, part in zip(slow_advantage(reward["image"]), range(mine.start, mine.stop)):
+    pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0
+    mine = [slice(n * n_image, (n + 1) * n_image) for n in range(G)]
+    written = [texts[n * n_text:(n + 1) * n_text] for n in range(G)]
+    reward = slow_rewards(model, [slow_terms(model, pictures[mine[n]], chain[-1, mine[n]], written[n], user)
+                                  for n, user in enumerate(users)])
+    for n in range(G):
+        for advantage, part in zip(slow_advantage(reward["image"][n]), range(mine[n].start, mine[n].stop)):
             for k in range(min(grad_steps, 4)):
                 one = chain[:, part:part + 1]
                 mean, std = transition(model.image, one, k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0, 1.0)
                 score = torch.distributions.Normal(mean, std).log_prob(one[k + 1]).sum()
                 loss = loss - advantage * score / (G * n_image)
-        for advantage, text in zip(slow_advantage(reward["text"]), written):
+        for advantage, text in zip(slow_advantage(reward["text"][n]), written[n]):
             loss = loss - advantage * slow_text_log_prob(model, text, prompt[n], prefs["text"][n]) / (G * n_text)
     for m, want in zip(MODALITIES, torch.autograd.grad(loss, list(tables(model).values()))):
         assert want.abs().max() > 1e-4
@@ -381,6 +395,25 @@ def test_drift_is_zero_at_the_start_and_positive_after_a_change():
         assert m == "text" or abs(drift.kl_text) < 1e-12
     off = step(model, reference=start)
     assert off.kl_image == 0 and off.kl_text == 0
+
+
+def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
+    model = toy().double()
+    start = {m: torch.randn(table.shape, generator=rng(), dtype=torch.float64) for m, table in tables(model).items()}
+    found, prompt = step(model, with_kl=True, reference=start), torch.tensor([[1, 0]] * 6 + [[2, 0]] * 6)
+    g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
+    model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
+    args = prompt, prefs["text"].repeat_interleave(6, 0)
+    tokens = model.sample_tokens(*args, g, top_p=1.0)
+
+    def policy():
+        logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args), model.cfg.text.guidance)
+        return torch.distributions.Categorical(logits=logits[..., EOS:])
+    now = policy()
+    tables(model)["text"].data.copy_(start["text"])
+    drift = torch.distributions.kl_divergence(now, policy()).masked_fill(tokens == PAD, 0).sum(1).mean()
+    assert drift > 0.01
+    assert_close(found.kl_text, drift.detach(), rtol=1e-6, atol=1e-9)
 
 
 def test_the_drift_is_a_penalty_with_its_weight():

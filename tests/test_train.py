@@ -41,15 +41,6 @@ def restored_signal():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the smoke run had: sums round alike; and threads that wait for each other beside another process are slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def reopen(smoke, folder):
     """The smoke run, all stages done, in a copy of its folder that may be changed."""
     shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("metrics.json"))
@@ -689,7 +680,8 @@ def alter(path, old, new):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--gnn-lrr", "1"], "unknown flag --gnn-lrr: known are --gnn-lr"), (["--gnn-lr", "nan"], "GNNConfig.lr=nan: need a finite"),
-    (["--image-size", "33"], "ImageConfig.size=33"), (["--reward-lambda-c", "inf"], "RewardConfig.lambda_c=inf"),
+    (["--image-size", "33"], "ImageConfig.size=33"), (["--items", "1"], "TrainConfig.items=1: need 16"),
+    (["--image-eta", "0"], "ImageConfig.eta=0.0, TextConfig.temperature=1.0: the reward needs both > 0"), (["--reward-lambda-c", "inf"], "RewardConfig.lambda_c=inf"),
     (["--text-width", "x"], "invalid int value: 'x'"), (["--new-users", "nan"], "TrainConfig.new_users=nan"),
     (["--interactions", "1000"], "TrainConfig.interactions=1000"), (["--seed", "-1"], "MethodConfig.seed=-1"),
     (["--checkpoint-seconds", "inf"], "TrainConfig.checkpoint_seconds=inf"), (["--device", "gpu"], "--device gpu: not to be had here"),
