@@ -783,7 +783,7 @@ table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .6em;text-align
 thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}small{color:#666}
 img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}svg{margin:.3em}
 figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
-.grid td{padding:2px}.grid th{font-weight:normal;padding:2px 6px}section{border-top:1px solid #ddd;margin-top:1em}"""
+.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px}section{border-top:1px solid #ddd;margin-top:1em}"""
 INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
 
 
@@ -884,7 +884,7 @@ def report_grid(run: Run, users: Tensor) -> str:
     cells = [f'<td title="{html.escape(text)}">{picture(x)}</td>' for x, text in zip(own.images, texts)]
     rows = "".join(f"<tr><th>{html.escape(run.data.user_ids[u])}</th>{''.join(cells[k * len(items):(k + 1) * len(items)])}</tr>"
                    for k, u in enumerate(users.tolist()))
-    head = "".join(f"<th>{html.escape(', '.join(run.data.prompts[i])[:14])}</th>" for i in items.tolist())
+    head = "".join(f"<th>{html.escape(', '.join(run.data.prompts[i])[:40])}</th>" for i in items.tolist())
     return ("<h2>One row a user, one column a prompt</h2><p>After the reward; the text is shown under the pointer.</p>"
             f'<table class="grid"><tr><th></th>{head}</tr>{rows}</table>')
 

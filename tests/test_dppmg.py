@@ -230,6 +230,12 @@ def test_generated_pictures_are_rgb_of_the_configured_size(model, n):
     assert all((x.image.mode, x.image.size) == ("RGB", (32, 32)) and isinstance(x.text, str) for x in made)
 
 
+def test_a_picture_has_the_pixels_of_the_tensor():
+    x = torch.tensor([[[-1.0, 1.0]], [[0.0, -2.0]], [[0.2, 3.0]]])          # (3, 1, 2): one row of two pixels
+    image = dppmg.to_picture(x)
+    assert (image.mode, image.size, image.getpixel((0, 0)), image.getpixel((1, 0))) == ("RGB", (2, 1), (0, 128, 153), (255, 0, 255))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(user="u0"), "unknown user 'u0': known are u0"), (dict(user=""), "unknown user ''"),
     (dict(user="u000", history=["s0000"]), "a user or a history, not both"), (dict(history=[]), "empty history"),

@@ -644,6 +644,6 @@ def test_config_needs_some_reward_and_allows_either_alone():
     with pytest.raises(ValueError, match="lambda_p=0.0: need .* else no reward"):
         RewardConfig(lambda_c=0.0, lambda_p=0.0)
     image, text, s = unit(1, 3, 4), unit(1, 3, 4, seed=1), normal(1, 3)
-    only_c = pair_reward(image, text, s, s, RewardConfig(lambda_p=0.0))
+    only_c = pair_reward(image, text, s, s, RewardConfig(lambda_c=1.0, lambda_p=0.0))
     assert_close(only_c[0], normalize_group(consistency(image, text)[0]))
     assert RewardConfig(lambda_c=0.0).lambda_p == 1.0

@@ -131,10 +131,12 @@ def referee(smoke, tmp_path_factory):
     return run.modules["referee"]
 
 
-def test_the_referee_reads_every_attribute_of_fresh_stickers(referee):
+def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the_folder(referee, run):
     pictures, values = train.draw_batch(1000, np.random.default_rng(2026))
     for name, right in zip(SEEN, (referee.read(pictures) == values).double().mean(0)):
         assert right >= 0.99, f"{name}: {right:.1%}"
+    written = referee.read(train.to_float(run.images)) == torch.from_numpy(run.world.items[:, :4])
+    assert written.double().mean(0).min() > 0.97
     large = torch.nn.functional.interpolate(pictures[:100], scale_factor=2, mode="nearest")
     assert torch.equal(referee.read(large), referee.read(pictures[:100]))
 
@@ -160,17 +162,17 @@ def test_held_out_users_are_in_no_training():
     def load():
         generator = torch.Generator().manual_seed(3)
         user, item = (torch.rand(30, 40, generator=generator) < 0.4).nonzero().T
-        user, item = torch.cat([user, torch.tensor([30, 31])]), torch.cat([item, torch.tensor([1, 2])])    # two like one thing
+        user, item = torch.cat([user, torch.arange(30, 50)]), torch.cat([item, torch.arange(20)])    # who like one thing
         order = torch.randperm(len(user), generator=generator)
         user, item, time = user[order], item[order], torch.rand(len(user), generator=generator)
-        part = train.torch.tensor([0] * len(user), dtype=torch.int8)
+        part = torch.full((len(user),), TRAIN, dtype=torch.int8)
         part[::7], part[::11] = VALID, TEST
-        ids = [str(n) for n in range(32)]
+        ids = [str(n) for n in range(50)]
         return Dataset("x", ids, ids, ids, [()] * 40, [], torch.zeros(40, 3, 8, 8), user, item, time, part, [])
     before, data = load(), load()
-    new = train.hold_out_users(data, 0.2, seed=1)
+    new = train.hold_out_users(data, 0.3, seed=1)
     held = data.user[data.part == train.NEW].unique()
-    assert len(held) == 6 and not set(held.tolist()) & {30, 31}         # int(0.2 * 32), of those with three items
+    assert len(held) == 15 and held.max() < 30          # 0.3 of 50, of those with three items
     assert ((data.part == train.NEW) == torch.isin(data.user, held)).all()
     others = data.part != train.NEW
     assert torch.equal(data.part[others], before.part[others])
@@ -182,10 +184,11 @@ def test_held_out_users_are_in_no_training():
         mine = [time[u, i] for v, i in new["history"].T.tolist() if v == u]
         assert mine == sorted(mine) and len(mine) > 3
     again, other = load(), load()
-    assert torch.equal(train.hold_out_users(again, 0.2, 1)["history"], new["history"])
-    assert not torch.equal(train.hold_out_users(other, 0.2, 2)["history"], new["history"])
+    assert torch.equal(train.hold_out_users(again, 0.3, 1)["history"], new["history"])
+    assert not torch.equal(train.hold_out_users(other, 0.3, 2)["history"], new["history"])
     assert [x.shape for x in train.hold_out_users(load(), 0.0, 1).values()] == [(2, 0)] * 2
-    assert len(load().user.unique()) - len((lambda d: (train.hold_out_users(d, 0.5, 1), d.user[d.part == train.NEW].unique())[1])(load())) == 16
+    train.hold_out_users(other := load(), 1.0, 1)
+    assert len(other.user[other.part != train.NEW].unique()) == 22      # two are left whom training can learn from
 
 
 def test_new_users_of_a_run_are_unknown_to_its_graph(run):
@@ -203,6 +206,7 @@ def test_pairs_are_test_interactions_with_another_user(run):
     assert (pairs.user != pairs.other).all() and set(pairs.other.tolist()) <= set(run.users.tolist())
     everybody = train.draw_pairs(run, TRAIN, 10**6)
     assert len(everybody.user) == run.liked.shape[1] and set(everybody.other.tolist()) == set(run.users.tolist())
+    assert (everybody.user != everybody.other).all()
 
 
 def pictures(content):
@@ -569,6 +573,16 @@ def check_harmless(page):
         assert not name.startswith("on") and name not in ("href", "srcdoc", "action", "data", "formaction"), name
         assert name != "src" or re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
         assert name != "style" or "url" not in value
+
+
+def test_the_builders_of_the_report_escape_what_they_are_given():
+    evil, safe = '<b>"&', "&lt;b&gt;&quot;&amp;"
+    cell = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    found = (train.table([evil], [[evil, 0.5, cell]]), train.curves(evil, {evil: [(0, 1), (1, 2)]}),
+             train.picture(torch.zeros(3, 8, 8), evil, evil))
+    assert all(evil not in page and page.count(safe) == 2 for page in found)
+    assert '<td class="n">0.500</td><td>0.500 [0.250, 0.750]</td>' in found[0]
+    assert train.curves("one point", {"a": [(0, 1)]}) == ""
 
 
 def test_the_report_is_one_harmless_file(smoke):
