@@ -1,7 +1,13 @@
-"""The two generators, each given prompt words and a user's preference tokens: text by a GPT, pictures by latent diffusion.
-    p(y | c, k) = prod_t p(y_t | y_<t, c, k),  c prompt words, k preference tokens       TextDecoder
-    y_t ~ softmax((l(null) + w (l(k) - l(null))) / temperature) within a nucleus         sampling_logits
-Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length, V vocabulary, D width."""
+"""The two generators, given prompt words c and a user's preference tokens k: text by a GPT, pictures by latent diffusion.
+
+    p(y | c, k) = prod_t p(y_t | y_<t, c, k)                                                TextDecoder
+    y_t ~ softmax((l(null) + w (l(k) - l(null))) / temperature), restricted to a nucleus    sampling_logits, sample_text
+    picture <-> z_0                                                                         Autoencoder
+    z_t = alpha_t z_0 + sigma_t eps;  v(z_t, t, c, k) ~ alpha_t eps - sigma_t z_0           Denoiser
+    z_s ~ N(mean(z_t, v(null) + w (v(k) - v(null))), std^2), from t = T_MAX down to 0       ddim_step, sample_latents
+
+Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length, V vocabulary, D width, C channels of the
+latent, H picture side, h = H / 4, S diffusion steps."""
 
 import heapq
 import math

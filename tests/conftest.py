@@ -13,13 +13,14 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Small sums are no faster on two threads, round otherwise, and crawl where another process wants the second core."""
+    """Small sums are no faster on two threads, round otherwise, and crawl beside another busy process."""
     torch.set_num_threads(1)
 
 
 def spawn(*arguments: str, **options) -> subprocess.Popen:
-    """Python in a process of its own, on one thread: two of them share two cores, and sums round alike in all."""
-    return subprocess.Popen([sys.executable, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+    """Python in a process of its own, on one thread: two share two cores, and sums round alike in all."""
+    return subprocess.Popen([sys.executable, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 

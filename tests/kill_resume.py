@@ -1,8 +1,10 @@
-"""Does a run that is killed end with the same bits?  python tests/kill_resume.py [--chain] [--out DIR] [--reference RUN]
+"""Does a run that is killed end with the same bits?
+    python tests/kill_resume.py [--chain] [--out DIR] [--reference RUN]
 
-Kills (SIGKILL) a smoke run at each of MOMENTS, resumes it, and compares all that it leaves, to the bit, with a run that
-nobody disturbed; prints a line each. --chain: instead, one run that is killed at CHAIN's moments one after the other.
-Exit status: the number of runs that end differently. Takes about two minutes; --chain, which the tests use, ten seconds."""
+Kills (SIGKILL) a smoke run at each of MOMENTS, resumes it, and compares all that it leaves, to the bit, with
+a run that nobody disturbed; prints a line each. --chain: instead, one run, killed at CHAIN's moments one after
+the other. Exit status: the number of runs that end differently. Takes two minutes; --chain, which the tests
+use, half of one."""
 import argparse
 import json
 import os
@@ -20,10 +22,13 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from dppmg import read_checkpoint  # noqa: E402
 
-# (stage, step): just before this step; data: after so many pictures; checkpoint: when half of the n-th is written
-MOMENTS = (("data", 50), ("autoencoder", 7), ("gnn", 29), ("codebook", 11), ("text", 19), ("image", 5), ("scorer", 1), ("judge", 12),
-           ("referee", 3), ("reward", 2), ("new users", 0), ("grid", 0), ("checkpoint", 30), ("checkpoint", 120))
-CHAIN = (("data", 50), ("autoencoder", 7), ("codebook", 11), ("checkpoint", 30), ("image", 5), ("judge", 12), ("reward", 2),
+# (stage, step): just before this step; data: after n pictures; checkpoint: when half of the n-th is written
+MOMENTS = (("data", 50), ("autoencoder", 7), ("gnn", 29), ("codebook", 11), ("text", 19), ("image", 5),
+           ("scorer", 1), ("judge", 12),
+           ("referee", 3), ("reward", 2), ("new users", 0), ("grid", 0), ("checkpoint", 30),
+           ("checkpoint", 120))
+CHAIN = (("data", 50), ("autoencoder", 7), ("codebook", 11), ("checkpoint", 30), ("image", 5), ("judge", 12),
+         ("reward", 2),
          ("new users", 0))
 IGNORED = ("seconds", "cpu_seconds", "peak_memory_mb", "train", "torch")       # differ, and may
 
@@ -48,7 +53,7 @@ def kill_at(moment: tuple[str, int]):
 
 
 def start(arguments: Sequence[str], log: Path, moment: tuple[str, int] | None = None) -> int:
-    """Exit status of train.py in a process of its own, as subprocess.Popen.returncode: -9 if it was killed."""
+    """Exit status of train.py in a process of its own, as subprocess gives it: -9 if it was killed."""
     sys.stdout.flush()
     child = os.fork()       # not a new interpreter: importing torch takes longer than resuming
     if child == 0:
@@ -66,7 +71,7 @@ def start(arguments: Sequence[str], log: Path, moment: tuple[str, int] | None = 
 
 
 def survive(out: Path, moments: Sequence[tuple[str, int]]) -> list[str]:
-    """A smoke run in `out`, killed at the moments one after the other and resumed each time; what went wrong."""
+    """A smoke run in `out`, killed at each of the moments and resumed each time; what went wrong."""
     arguments, log = ["--smoke", "--checkpoint-seconds", "0", "--out", str(out)], out.with_suffix(".log")
     for moment in (*moments, None):
         if (status := start(arguments, log, moment)) != (-signal.SIGKILL if moment else 0):
@@ -88,9 +93,10 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """What differs between two finished runs: tensors and values of the checkpoints, metrics, log, files left behind."""
+    """What differs between two finished runs: tensors and values of the checkpoints, metrics, log, files."""
     def found(run: Path) -> dict[str, object]:
-        values = {"checkpoint": read_checkpoint(run / "checkpoint.pt"), "metrics": json.loads((run / "metrics.json").read_text()),
+        values = {"checkpoint": read_checkpoint(run / "checkpoint.pt"),
+                  "metrics": json.loads((run / "metrics.json").read_text()),
                   "log": (run / "log.csv").read_text(), "files": sorted(path.name for path in run.iterdir())}
         return {name: repr(value) for name, value in leaves(values)}     # repr: nan is nan
     a, b = found(one), found(two)
@@ -114,7 +120,8 @@ def main() -> int:
             wrong = survive(out / f"killed-{n}", moments) or differences(reference, out / f"killed-{n}")
             failed += bool(wrong)
             verdict = f"DIFFERS in {len(wrong)}: {', '.join(wrong[:5])}" if wrong else "the same bits"
-            print(f"killed at {', '.join(f'{stage} {step}' for stage, step in moments)}: {verdict}", flush=True)
+            print(f"killed at {', '.join(f'{stage} {step}' for stage, step in moments)}: {verdict}",
+                  flush=True)
     return failed
 
 

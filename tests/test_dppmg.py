@@ -1,4 +1,4 @@
-"""dppmg.py: features against slow ones, the tables, generation, one step of REINFORCE, checkpoints, the command line."""
+"""dppmg.py: features against slow ones, tables, generation, a step of REINFORCE, checkpoints, command line."""
 import os
 import pickle
 import re
@@ -14,18 +14,21 @@ from PIL import Image
 from torch.testing import assert_close
 
 import dppmg
-from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt, read_checkpoint,
+from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt,
+                   read_checkpoint,
                    replacing, table_as)
 from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, transition
 from gnn import GNNConfig, LatentPCA, TfidfSVD
 from reward import RewardConfig
 from vq import VQConfig
 
-pytestmark = pytest.mark.usefixtures("smoke_process")      # begun at once: it runs beside the tests that do not need it
+# begun at once: it runs beside the tests that do not need it
+pytestmark = pytest.mark.usefixtures("smoke_process")
 TEXTS = [f"{how} {what} at {when}" for how in ("a merry", "one sad") for what in ("fish", "boat")
          for when in ("dawn", "night", "noon")]
 CFG = Config(
-    MethodConfig(image_features=7, text_features=5), GNNConfig(dim=12), VQConfig(levels=2, codes=4, dim=8, hidden=8),
+    MethodConfig(image_features=7, text_features=5), GNNConfig(dim=12),
+    VQConfig(levels=2, codes=4, dim=8, hidden=8),
     TextConfig(layers=1, width=16, heads=2, context=12, vocab_size=300, guidance=2.0),
     ImageConfig(size=16, ae_width=16, width=8, heads=2, sampling_steps=4, guidance=2.0),
     RewardConfig(scorer_width=8, scorer_dim=8, images=4, texts=6, diffusion_steps=5, grad_steps=2))
@@ -39,7 +42,8 @@ def toy(cfg=CFG, seed=0):
     """A small DPPMG of 6 users and 12 items: untrained, but each of its parts does something."""
     tokenizer = Tokenizer.train(TEXTS, cfg.text.vocab_size)
     user, item = (torch.rand(6, 12, generator=rng(seed)) < 0.4).nonzero().T
-    catalogue = Catalogue("toys", [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)], ["boat", "fish"], 2, 12,
+    catalogue = Catalogue("toys", [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)], ["boat", "fish"],
+                          2, 12,
                           tokenizer.state(), user, item)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -71,7 +75,8 @@ def local_features(latents, module):
     side, total = x.shape[-1] - 1, 0.0
     for i in range(side):
         for j in range(side):
-            total = total + np.maximum(np.einsum("bcij,fcij->bf", x[:, :, i:i + 2, j:j + 2], filters) + bias, 0)
+            total = total + np.maximum(np.einsum("bcij,fcij->bf", x[:, :, i:i + 2, j:j + 2], filters) + bias,
+                                       0)
     return total / side**2
 
 
@@ -80,7 +85,8 @@ def test_image_features_are_numpys_principal_components_whitened():
     items = items * torch.linspace(0.5, 2, 48).view(3, 4, 4) + 1
     module = LatentPCA(3, 4, 9, n_filters=20)
     module.fit(items)
-    halves = [(lambda x: x.flatten(1).double().numpy(), slice(0, 4)), (lambda x: local_features(x, module), slice(4, 9))]
+    halves = [(lambda x: x.flatten(1).double().numpy(), slice(0, 4)),
+              (lambda x: local_features(x, module), slice(4, 9))]
     for part, columns in halves:
         x, y = part(items), part(new)
         _, value, direction = np.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -121,7 +127,8 @@ def test_text_features_are_a_truncated_svd_of_tfidf_by_dictionaries():
     module, V = TfidfSVD(tokenizer.vocab_size, 4), tokenizer.vocab_size
     catalogue = [tokenizer.encode(text) for text in texts]
     module.fit(tokenizer.encode_batch(texts, 40)[0], seed=0)
-    new = ["fish fish fish a boat", "noon", "zebra Ω quux", "one sad zebra", ""]      # the third: nothing is known
+    # the third: nothing is known
+    new = ["fish fish fish a boat", "noon", "zebra Ω quux", "one sad zebra", ""]
 
     def dense(texts):
         rows = np.zeros((len(texts), V))
@@ -166,7 +173,8 @@ def test_seeded_tables_have_the_geometry_of_the_codebooks():
     for m in MODALITIES:
         table = getattr(model, m).preference.weight.detach()
         books = [book.codebook for book in model.quantizer[m].codebooks]
-        size = books[0].square().sum(1).mean()          # level 0 has the size that the table's rows had; the others follow
+        # level 0 has the size that the table's rows had; the others follow
+        size = books[0].square().sum(1).mean()
         assert_close(table[:4].square().sum(1).mean(), before[m].square().sum(1).mean(), rtol=1e-3, atol=0)
         factor = table[:4].square().sum(1).mean() / size
         assert_close(table @ table.T, factor * torch.cat(books) @ torch.cat(books).T, rtol=1e-3, atol=1e-6)
@@ -209,7 +217,8 @@ def model(smoke):
 
 
 def same(one, two):
-    return all(a.text == b.text and a.image.tobytes() == b.image.tobytes() for a, b in zip(one, two, strict=True))
+    return all(a.text == b.text and a.image.tobytes() == b.image.tobytes() for a,
+               b in zip(one, two, strict=True))
 
 
 def test_generation_repeats_by_seed_and_differs_by_seed_user_and_prompt(model):
@@ -217,9 +226,11 @@ def test_generation_repeats_by_seed_and_differs_by_seed_user_and_prompt(model):
     made = model.generate(**args)
     assert same(made, model.generate(**args, seed=0))
     history = [model.catalogue.item_ids[i] for i in model.catalogue.item[model.catalogue.user == 2].tolist()]
-    for other in (args | dict(seed=1), args | dict(prompt="boat"), args | dict(user="u002"), dict(prompt="fish", n=2),
+    for other in (args | dict(seed=1), args | dict(prompt="boat"), args | dict(user="u002"),
+                  dict(prompt="fish", n=2),
                   dict(prompt="fish", n=2, history=history)):
-        assert not any(a.image.tobytes() == b.image.tobytes() for a, b in zip(made, model.generate(**other))), other
+        assert not any(a.image.tobytes() == b.image.tobytes() for a,
+                       b in zip(made, model.generate(**other))), other
     assert made[0].image.tobytes() != made[1].image.tobytes() and made[0].text != made[1].text
 
 
@@ -233,12 +244,14 @@ def test_generated_pictures_are_rgb_of_the_configured_size(model, n):
 def test_a_picture_has_the_pixels_of_the_tensor():
     x = torch.tensor([[[-1.0, 1.0]], [[0.0, -2.0]], [[0.2, 3.0]]])          # (3, 1, 2): one row of two pixels
     image = dppmg.to_picture(x)
-    assert (image.mode, image.size, image.getpixel((0, 0)), image.getpixel((1, 0))) == ("RGB", (2, 1), (0, 128, 153), (255, 0, 255))
+    assert (image.mode, image.size, image.getpixel((0, 0)),
+            image.getpixel((1, 0))) == ("RGB", (2, 1), (0, 128, 153), (255, 0, 255))
 
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(user="u0"), "unknown user 'u0': known are u0"), (dict(user=""), "unknown user ''"),
-    (dict(user="u000", history=["s0000"]), "a user or a history, not both"), (dict(history=[]), "empty history"),
+    (dict(user="u000", history=["s0000"]), "a user or a history, not both"),
+    (dict(history=[]), "empty history"),
     (dict(history=["s0000", "sticker"]), "unknown item 'sticker': known are s0000"),
     (dict(prompt="fish, chips"), "unknown prompt word 'chips': known are")])
 def test_what_is_not_known_is_named(model, arguments, message):
@@ -269,19 +282,21 @@ def tables(model):
 
 
 def step(model, user=(0, 3), with_kl=False, reference=None, seed=0):
-    """A step with only the tables trainable, and its loss's gradient in them. Prompts: boat, fish and so on."""
+    """A step with only the tables trainable, and its loss's gradient in them. Prompts: boat, fish, ..."""
     model.requires_grad_(False)
     for table in tables(model).values():
         table.requires_grad_().grad = None
     user = torch.tensor(user, device=model.preference_image.device)
     prompt = torch.stack([torch.arange(len(user), device=user.device) % 2 + 1, torch.zeros_like(user)], 1)
-    found = model.reinforce_step(user, prompt, reference or tables(model), with_kl, None if seed is None else rng(seed))
+    found = model.reinforce_step(user, prompt, reference or tables(model), with_kl,
+                                 None if seed is None else rng(seed))
     found.loss.backward()
     return found
 
 
 def slow_advantage(reward):
-    return [r - sum(x for j, x in enumerate(reward) if j != i) / (len(reward) - 1) for i, r in enumerate(reward)]
+    return [r - sum(x for j, x in enumerate(reward) if j != i) / (len(reward) - 1) for i,
+            r in enumerate(reward)]
 
 
 def slow_normalized(groups):
@@ -314,15 +329,18 @@ def slow_rewards(model, terms):
 
 def slow_text_log_prob(model, tokens, prompt, prefs):
     """log p of one text, token by token, under the guided distribution without PAD and BOS."""
-    cond, null = model.text(tokens[None], prompt[None], prefs[None])[0], model.text(tokens[None], prompt[None], None)[0]
+    cond, null = model.text(tokens[None], prompt[None], prefs[None])[0], model.text(tokens[None],
+                                                                                    prompt[None], None)[0]
     total, w = 0.0, model.cfg.text.guidance
     for t, token in enumerate(tokens[:tokens.tolist().index(EOS) + 1 if EOS in tokens else None].tolist()):
         logits = (null[t] + w * (cond[t] - null[t])) / model.cfg.text.temperature
-        total = total + torch.distributions.Categorical(logits=logits[EOS:]).log_prob(torch.tensor(token - EOS))
+        total = total + torch.distributions.Categorical(logits=logits[EOS:]).log_prob(torch.tensor(token
+                                                                                                   - EOS))
     return total
 
 
-@pytest.mark.parametrize("grad_steps", [1, 5])       # the first step of the chain; all that are Gaussian: the last is not
+# the first step of the chain; all that are Gaussian: the last is not
+@pytest.mark.parametrize("grad_steps", [1, 5])
 def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     cfg = replace(CFG, reward=replace(CFG.reward, grad_steps=grad_steps, lambda_p=0.7, lambda_c=1.3))
     model, users, G = toy(cfg).double(), (0, 3), 2
@@ -331,8 +349,10 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     prompt, g = torch.tensor([[1, 0], [2, 0]]), rng()
     prefs = {m: getattr(model, f"tokens_{m}")[list(users)] for m in MODALITIES}
     n_image, n_text = cfg.reward.images, cfg.reward.texts
-    chain = model.sample_chain(prompt.repeat_interleave(n_image, 0), prefs["image"].repeat_interleave(n_image, 0), g, 5)
-    texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g, top_p=1.0)
+    chain = model.sample_chain(prompt.repeat_interleave(n_image, 0),
+                               prefs["image"].repeat_interleave(n_image, 0), g, 5)
+    texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0),
+                                prefs["text"].repeat_interleave(n_text, 0), g, top_p=1.0)
     pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0
     mine = [slice(n * n_image, (n + 1) * n_image) for n in range(G)]
     written = [texts[n * n_text:(n + 1) * n_text] for n in range(G)]
@@ -342,11 +362,13 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
         for advantage, part in zip(slow_advantage(reward["image"][n]), range(mine[n].start, mine[n].stop)):
             for k in range(min(grad_steps, 4)):
                 one = chain[:, part:part + 1]
-                mean, std = transition(model.image, one, k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0, 1.0)
+                mean, std = transition(model.image, one, k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0,
+                                       1.0)
                 score = torch.distributions.Normal(mean, std).log_prob(one[k + 1]).sum()
                 loss = loss - advantage * score / (G * n_image)
         for advantage, text in zip(slow_advantage(reward["text"][n]), written[n]):
-            loss = loss - advantage * slow_text_log_prob(model, text, prompt[n], prefs["text"][n]) / (G * n_text)
+            loss = loss - advantage * slow_text_log_prob(model, text, prompt[n],
+                                                         prefs["text"][n]) / (G * n_text)
     for m, want in zip(MODALITIES, torch.autograd.grad(loss, list(tables(model).values()))):
         assert want.abs().max() > 1e-4
         assert_close(got[m], want, rtol=1e-6, atol=1e-9)
@@ -355,18 +377,21 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
 
 def test_reinforce_step_runs_without_a_single_look_at_its_numbers():
     model = toy().to("meta")
-    assert all(x.is_meta for x in (*model.state_dict().values(), *(x for x in model.graph if isinstance(x, torch.Tensor))))
+    assert all(x.is_meta for x in (*model.state_dict().values(),
+                                   *(x for x in model.graph if isinstance(x, torch.Tensor))))
     found = step(model, with_kl=True, seed=None)
     assert found.loss.is_meta and found.kl_text.is_meta
     assert all(table.grad.shape == table.shape for table in tables(model).values())
     images, texts = model.sample_pairs(torch.ones(3, 2, dtype=torch.int64, device="meta"),
-                                       {m: torch.zeros(3, 2, dtype=torch.int64, device="meta") for m in MODALITIES}, None)
+                                       {m: torch.zeros(3, 2, dtype=torch.int64, device="meta")
+                                        for m in MODALITIES}, None)
     assert images.shape == (3, 3, 16, 16) and texts.shape == (3, 12)
 
 
 def test_reinforce_step_keeps_double_precision():
     found = step(model := toy().double(), with_kl=True)
-    assert found.loss.dtype == torch.float64 and all(table.grad.dtype == torch.float64 for table in tables(model).values())
+    assert found.loss.dtype == torch.float64
+    assert all(table.grad.dtype == torch.float64 for table in tables(model).values())
 
 
 def test_the_gradient_reaches_the_rows_of_the_sampled_users_and_nothing_else():
@@ -405,7 +430,8 @@ def test_drift_is_zero_at_the_start_and_positive_after_a_change():
 
 def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     model = toy().double()
-    start = {m: torch.randn(table.shape, generator=rng(), dtype=torch.float64) for m, table in tables(model).items()}
+    start = {m: torch.randn(table.shape, generator=rng(), dtype=torch.float64) for m,
+             table in tables(model).items()}
     found, prompt = step(model, with_kl=True, reference=start), torch.tensor([[1, 0]] * 6 + [[2, 0]] * 6)
     g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
     model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
@@ -413,7 +439,8 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     tokens = model.sample_tokens(*args, g, top_p=1.0)
 
     def policy():
-        logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args), model.cfg.text.guidance)
+        logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args),
+                            model.cfg.text.guidance)
         return torch.distributions.Categorical(logits=logits[..., EOS:])
     now = policy()
     tables(model)["text"].data.copy_(start["text"])
@@ -429,14 +456,16 @@ def test_the_drift_is_a_penalty_with_its_weight():
     for weight in (0.0, 2.0):
         model.cfg = replace(CFG, reward=replace(CFG.reward, kl_weight=weight))
         losses.append(step(model, with_kl=True, reference=start))
-    assert_close(losses[1].loss - losses[0].loss, 2 * (losses[0].kl_image + losses[0].kl_text), rtol=1e-3, atol=1e-4)
+    assert_close(losses[1].loss - losses[0].loss, 2 * (losses[0].kl_image + losses[0].kl_text), rtol=1e-3,
+                 atol=1e-4)
 
 
 def test_reinforce_pleases_the_person():
-    """Planted: with lambda_c = 0 the reward is the user's score alone, which must rise by more than chance lets it."""
+    """With lambda_c = 0 the reward is the user's score alone, which must rise by more than chance lets it."""
     model, seen = toy(replace(CFG, reward=replace(CFG.reward, lambda_c=0.0, images=8, texts=32)), seed=1), []
     for n, parameter in enumerate((*model.image.parameters(), *model.text.parameters())):
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng(n))      # tokens matter more than in a fresh model
+        # tokens matter more than in a fresh model
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng(n))
     rates = dict(image=0.1, text=1.0)
     optimizer = torch.optim.Adam([{"params": [table], "lr": rates[m]} for m, table in tables(model).items()])
     for n in range(30):
@@ -480,7 +509,8 @@ def reshape(path):
 
 def cut(keep):
     """Keep so many bytes, or this share of them."""
-    return lambda path: path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size) if 0 < keep < 1 else keep])
+    return lambda path: path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size) if 0 < keep < 1
+                                                           else keep])
 
 
 def folder(path):
@@ -490,14 +520,19 @@ def folder(path):
 
 DAMAGES = {
     **{f"cut to {keep}": (cut(keep), "not a checkpoint, or damaged") for keep in (0, 1, 100, 0.3, 0.9, -1)},
-    "text": (lambda path: path.write_text("hello"), "not a checkpoint, or damaged .*need 'DPPMG checkpoint 1'"),
-    "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": FORMAT})), "not a checkpoint|training is not finished"),
+    "text": (lambda path: path.write_text("hello"),
+             "not a checkpoint, or damaged .*need 'DPPMG checkpoint 1'"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": FORMAT})),
+               "not a checkpoint|training is not finished"),
     "list": (lambda path: torch.save([1, 2], path), "format is None"),
-    "version": (change(format="DPPMG checkpoint 0"), "format is 'DPPMG checkpoint 0', need 'DPPMG checkpoint 1'"),
-    "unfinished": (change(done=["gnn"]), r"training is not finished, done is \['gnn'\]; go on with train.py --resume"),
+    "version": (change(format="DPPMG checkpoint 0"),
+                "format is 'DPPMG checkpoint 0', need 'DPPMG checkpoint 1'"),
+    "unfinished": (change(done=["gnn"]),
+                   r"training is not finished, done is \['gnn'\]; go on with train.py --resume"),
     "done": (change(done=None), "training is not finished"),
     "shape": (reshape, "not a model of this version .*size mismatch for preference_image"),
-    **{f"no {name}": (without(name), "checkpoint.pt: ") for name in ("format", "done", "config", "catalogue", "model")},
+    **{f"no {name}": (without(name), "checkpoint.pt: ")
+       for name in ("format", "done", "config", "catalogue", "model")},
     **{f"odd {name}": (change(**{name: value}), "not a model of this version")
        for name, value in (("config", None), ("config", {}), ("catalogue", {"name": "x"}), ("model", 3))},
     "merges": (inside("catalogue", merges=None), "not a model of this version"),
@@ -539,7 +574,8 @@ def test_a_saved_model_generates_the_same(toy_run):
     one, two = toy(), DPPMG.load(toy_run)
     args = dict(prompt="fish", user="u3", n=2, seed=5)
     assert one.cfg == two.cfg and same(one.generate(**args), two.generate(**args))
-    assert same(one.generate(**args), DPPMG.load(toy_run.parent).generate(**args))      # the folder instead of the file
+    # the folder instead of the file
+    assert same(one.generate(**args), DPPMG.load(toy_run.parent).generate(**args))
 
 
 def test_replacing_is_all_or_nothing(tmp_path):
@@ -581,7 +617,8 @@ def test_the_command_prints_texts_and_writes_pictures(smoke, tmp_path):
             assert (image.format, image.mode, image.tobytes()) == ("PNG", "RGB", want.image.tobytes())
 
 
-@pytest.mark.parametrize("name, kind", [("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c", "PNG"), ("d.psd", "PNG")])
+@pytest.mark.parametrize("name, kind",
+                         [("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c", "PNG"), ("d.psd", "PNG")])
 def test_the_command_writes_the_kind_of_file_that_the_name_says(toy_run, tmp_path, name, kind):
     assert run_main(toy_run, "--history", "i3", "i4", "--prompt", "", "--out", tmp_path / name) == 0
     with Image.open(tmp_path / name) as image:
@@ -593,7 +630,8 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     monkeypatch.setattr(DPPMG, "generate", lambda *_: [evil])
     assert run_main(toy_run, "--prompt", "fish", "--out", tmp_path / "a.png") == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "fin" in printed and not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028]", printed)
+    assert printed.count("\n") == 1 and "fin" in printed
+    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028]", printed)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -609,14 +647,17 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: No such file or directory"),
     (["--prompt", "fish", "--out", "."], "--out '.': need the name of a file"),
     (["--prompt", "fish", "--seed", "1" + "0" * 30], "Overflow"), ([], "--prompt")])
-def test_a_users_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments, message):
+def test_a_users_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments,
+                                                     message):
     monkeypatch.chdir(tmp_path)
     assert run_main(toy_run, *arguments) == 2
     printed, errors = capsys.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and errors.startswith("dppmg.py: error: ") and message in errors
+    assert printed == "" and errors.count("\n") == 1 and errors.startswith("dppmg.py: error: ")
+    assert message in errors
     assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_is_not_there_costs_one_line(tmp_path, capsys):
     assert run_main(tmp_path / "nowhere", "--prompt", "fish") == 2
-    assert re.fullmatch(r"dppmg.py: error: \S+nowhere: No such file or directory; need a run of train.py\n", capsys.readouterr().err)
+    assert re.fullmatch(r"dppmg.py: error: \S+nowhere: No such file or directory; need a run of train.py\n",
+                        capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""train.py: the stickers and their referee, stages, exact measures, files and report of a run, kill and resume, mistakes."""
+"""train.py: stickers and their referee, stages, exact measures, a run's files and report, resuming, mistakes."""
 import copy
 import csv
 import hashlib
@@ -70,19 +70,22 @@ def main(*arguments):
 
 def digest(folder):
     """What each file of a folder holds."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*")
+            if p.is_file()}
 
 
 def hashes(module):
     """A hash of every tensor."""
-    return {name: hashlib.sha256(x.detach().contiguous().numpy().tobytes()).hexdigest() for name, x in module.state_dict().items()}
+    return {name: hashlib.sha256(x.detach().contiguous().numpy().tobytes()).hexdigest() for name,
+            x in module.state_dict().items()}
 
 
 # ---- stickers
 
 def test_stickers_are_a_folder_like_any_other_and_their_texts_say_what_they_are(run):
     data, world = Dataset.load(run.out / "stickers", 32, 0), run.world
-    assert all(notice.startswith(("items.csv: 3 extra columns", "interactions.csv: ")) for notice in data.notices)
+    assert all(notice.startswith(("items.csv: 3 extra columns", "interactions.csv: "))
+               for notice in data.notices)
     assert len(data.item_ids) == len(world.items) == 160 and len(data.user_ids) == 40
     for text, prompt, row in zip(data.texts, data.prompts, world.items):
         value = dict(zip(ATTRIBUTES, row))
@@ -96,28 +99,35 @@ def test_stickers_are_a_folder_like_any_other_and_their_texts_say_what_they_are(
 
 
 def test_interactions_are_drawn_from_the_product_of_the_tastes():
-    """How often is a user's first, second .. favourite value liked?  As in draws by numpy, one user after another."""
-    world, rng = train.sticker_world(TrainConfig(items=1000, users=300, interactions=20), seed=5), np.random.default_rng(6)
+    """How often is a user's first, second .. favourite value liked?  As often as in numpy's draws, user by user."""
+    world, rng = train.sticker_world(TrainConfig(items=1000, users=300, interactions=20),
+                                     seed=5), np.random.default_rng(6)
     for taste in world.tastes.values():
         assert (taste > 0).all() and np.allclose(taste.sum(1), 1)
-    p = np.prod([world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)], axis=0)       # (U, I)
+    # (U, I)
+    p = np.prod([world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)], axis=0)
     slow = np.stack([rng.choice(1000, 20, replace=False, p=row / row.sum()) for row in p])
     for k, (a, values) in enumerate(ATTRIBUTES.items()):
-        place = np.argsort(np.argsort(-world.tastes[a], axis=1), axis=1)                                # (U, values)
-        one, two = (np.bincount(np.take_along_axis(place, world.items[:, k][liked], 1).ravel(), minlength=len(values))
+        # (U, values)
+        place = np.argsort(np.argsort(-world.tastes[a], axis=1), axis=1)
+        one, two = (np.bincount(np.take_along_axis(place, world.items[:, k][liked], 1).ravel(),
+                                minlength=len(values))
                     for liked in (world.liked, slow))
         assert (abs(one - two) < 5 * np.sqrt(one + two)).all(), (a, one, two)
         assert one[0] > 1.3 * 300 * 20 / len(values)        # and taste matters
     assert all(len(set(row)) == 20 for row in world.liked)
-    first = world.liked[:, 0]                               # the order of time tells nothing: the best are not the oldest
-    assert abs(np.log(p[np.arange(300), first]).mean() - np.log(np.take_along_axis(p, world.liked, 1)).mean()) < 0.5
+    # the order of time tells nothing: the best are not the oldest
+    first = world.liked[:, 0]
+    assert abs(np.log(p[np.arange(300), first]).mean()
+               - np.log(np.take_along_axis(p, world.liked, 1)).mean()) < 0.5
 
 
 def test_the_same_seed_draws_the_same_world():
     cfg, worlds = TrainConfig(items=40, users=5, interactions=10), []
     for seed in (1, 1, 2):
         world = train.sticker_world(cfg, seed)
-        worlds.append([world.items.tolist(), {a: t.tolist() for a, t in world.tastes.items()}, world.liked.tolist()])
+        worlds.append([world.items.tolist(), {a: t.tolist() for a, t in world.tastes.items()},
+                       world.liked.tolist()])
     assert worlds[0] == worlds[1] and all(a != b for a, b in zip(worlds[0], worlds[2]))
 
 
@@ -142,8 +152,10 @@ def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the
 
 
 @pytest.mark.parametrize("text", [
-    "", "fish", "a fish at dawn", "a fish at dawn.\n", " a fish at dawn.", "a cat at dawn.", "a fish at noon.", "A fish at dawn.",
-    "a fish at dawn. a fish at dawn.", "a  at .", "a fish at dawn!", "softly the fish dreams, wrapped in dawn", "a {subject} at {setting}.",
+    "", "fish", "a fish at dawn", "a fish at dawn.\n", " a fish at dawn.", "a cat at dawn.",
+    "a fish at noon.", "A fish at dawn.",
+    "a fish at dawn. a fish at dawn.", "a  at .", "a fish at dawn!",
+    "softly the fish dreams, wrapped in dawn", "a {subject} at {setting}.",
     "a fısh at dawn.", "\0", "a " + "fish " * 10**4])
 def test_what_is_no_stickers_text_is_not_read(text):
     assert read_text(text) == (-1, -1, -1)
@@ -162,13 +174,15 @@ def test_held_out_users_are_in_no_training():
     def load():
         generator = torch.Generator().manual_seed(3)
         user, item = (torch.rand(30, 40, generator=generator) < 0.4).nonzero().T
-        user, item = torch.cat([user, torch.arange(30, 50)]), torch.cat([item, torch.arange(20)])    # who like one thing
+        # who like one thing
+        user, item = torch.cat([user, torch.arange(30, 50)]), torch.cat([item, torch.arange(20)])
         order = torch.randperm(len(user), generator=generator)
         user, item, time = user[order], item[order], torch.rand(len(user), generator=generator)
         part = torch.full((len(user),), TRAIN, dtype=torch.int8)
         part[::7], part[::11] = VALID, TEST
         ids = [str(n) for n in range(50)]
-        return Dataset("x", ids, ids, ids, [()] * 40, [], torch.zeros(40, 3, 8, 8), user, item, time, part, [])
+        return Dataset("x", ids, ids, ids, [()] * 40, [], torch.zeros(40, 3, 8, 8), user, item, time, part,
+                       [])
     before, data = load(), load()
     new = train.hold_out_users(data, 0.3, seed=1)
     held = data.user[data.part == train.NEW].unique()
@@ -178,7 +192,8 @@ def test_held_out_users_are_in_no_training():
     assert torch.equal(data.part[others], before.part[others])
     for name, part in (("history", TRAIN), ("test", TEST)):
         rows = (before.part == part) & torch.isin(before.user, held)
-        assert set(zip(*new[name].tolist())) == set(zip(before.user[rows].tolist(), before.item[rows].tolist()))
+        assert set(zip(*new[name].tolist())) == set(zip(before.user[rows].tolist(),
+                                                        before.item[rows].tolist()))
     time = {(u, i): t for u, i, t in zip(before.user.tolist(), before.item.tolist(), before.time.tolist())}
     for u in held.tolist():
         mine = [time[u, i] for v, i in new["history"].T.tolist() if v == u]
@@ -188,7 +203,8 @@ def test_held_out_users_are_in_no_training():
     assert not torch.equal(train.hold_out_users(other, 0.3, 2)["history"], new["history"])
     assert [x.shape for x in train.hold_out_users(load(), 0.0, 1).values()] == [(2, 0)] * 2
     train.hold_out_users(other := load(), 1.0, 1)
-    assert len(other.user[other.part != train.NEW].unique()) == 22      # two are left whom training can learn from
+    # two are left whom training can learn from
+    assert len(other.user[other.part != train.NEW].unique()) == 22
 
 
 def test_new_users_of_a_run_are_unknown_to_its_graph(run):
@@ -205,7 +221,8 @@ def test_pairs_are_test_interactions_with_another_user(run):
     assert len(set(drawn)) == 25 and set(drawn) <= known
     assert (pairs.user != pairs.other).all() and set(pairs.other.tolist()) <= set(run.users.tolist())
     everybody = train.draw_pairs(run, TRAIN, 10**6)
-    assert len(everybody.user) == run.liked.shape[1] and set(everybody.other.tolist()) == set(run.users.tolist())
+    assert len(everybody.user) == run.liked.shape[1]
+    assert set(everybody.other.tolist()) == set(run.users.tolist())
     assert (everybody.user != everybody.other).all()
 
 
@@ -220,16 +237,20 @@ def test_variants_are_what_their_names_say(run, smoke):
     def made(variant, pairs=pairs):
         return train.make(run, variant, pairs, torch.Generator().manual_seed(1))
     own, other = made("real")
-    assert torch.equal(own.tokens, run.tokens[pairs.item]) and torch.equal(own.images, train.to_float(run.images[pairs.item]))
+    assert torch.equal(own.tokens, run.tokens[pairs.item])
+    assert torch.equal(own.images, train.to_float(run.images[pairs.item]))
     place = [run.tokens.tolist().index(row) for row in other.tokens.tolist()]
     assert torch.equal(run.prompt[place], run.prompt[pairs.item]) and place != pairs.item.tolist()
     null = made("unpersonalized")
-    assert [pictures(x) for x in null] == [pictures(x) for x in made("unpersonalized", swapped)] and pictures(null[0]) != pictures(null[1])
+    assert [pictures(x) for x in null] == [pictures(x) for x in made("unpersonalized", swapped)]
+    assert pictures(null[0]) != pictures(null[1])
     before, after = made("before_reward"), made("after_reward")
-    assert pictures(before[0]) != pictures(after[0]) and pictures(after[0]) != pictures(made("after_reward", swapped)[0])
+    assert pictures(before[0]) != pictures(after[0])
+    assert pictures(after[0]) != pictures(made("after_reward", swapped)[0])
     tables = {m: getattr(run.model, m).preference.weight for m in MODALITIES}
     final = read_checkpoint(smoke / "checkpoint.pt")["model"]
-    assert all(torch.equal(table, final[f"{m}.preference.weight"]) for m, table in tables.items())      # they are back
+    # they are back
+    assert all(torch.equal(table, final[f"{m}.preference.weight"]) for m, table in tables.items())
 
 
 class PerfectReferee(nn.Module):
@@ -258,7 +279,8 @@ def test_real_items_are_right_and_useful_as_the_tastes_say(run, exact):
     for n, (user, item) in enumerate(zip(pairs.user.tolist(), pairs.item.tolist())):
         value = dict(zip(ATTRIBUTES, run.world.items[item]))
         for m, attributes in (("image", ("setting", "colour", "pattern")), ("text", ("setting", "tone"))):
-            likings = [run.world.tastes[a][user][value[a]] / max(run.world.tastes[a][user]) for a in attributes]
+            likings = [run.world.tastes[a][user][value[a]] / max(run.world.tastes[a][user])
+                       for a in attributes]
             assert math.isclose(found[f"utility_{m}"][n], sum(likings) / len(likings), rel_tol=1e-6)
 
 
@@ -270,14 +292,17 @@ def test_a_wrong_picture_or_text_lowers_the_right_measure_and_no_other(run, exac
     def with_other(same, different):
         """An item that shares some attributes and differs in others."""
         names = list(ATTRIBUTES)
-        fits = [n for n, row in enumerate(world) if all(row[names.index(a)] == world[item][names.index(a)] for a in same)
+        fits = [n for n, row in enumerate(world)
+                if all(row[names.index(a)] == world[item][names.index(a)] for a in same)
                 and all(row[names.index(a)] != world[item][names.index(a)] for a in different)]
         return torch.tensor(fits[:1])
 
     def lowered(images=None, texts=None, tokens=None):
         content = train.contents(run, pairs.item)
-        content = content._replace(**({"images": train.contents(run, images).images} if images is not None else {}),
-                                   **({"tokens": run.tokens[texts] if tokens is None else tokens} if (texts, tokens) != (None, None) else {}))
+        content = content._replace(**({"images": train.contents(run, images).images} if images is not None
+                                      else {}),
+                                   **({"tokens": run.tokens[texts] if tokens is None else tokens}
+                                      if (texts, tokens) != (None, None) else {}))
         found = exact(pairs, content)
         return {name for name in found if found[name] != right[name]}
     subject, setting = with_other(("setting",), ("subject", "colour")), with_other(("subject",), ("setting",))
@@ -318,7 +343,8 @@ def test_scorer_and_judge_share_no_item_no_parameter_and_no_seed(spare, monkeypa
         train.train_scorer(spare)
         changed = {n for n, module in modules.items() if hashes(module) != before[n]}
         assert changed == ({"scorer"} if name == "scorer" else {"scorer", "judge"})
-    assert drawn["scorer"] <= halves[0] and drawn["judge"] <= halves[1] and all(len(d) > 30 for d in drawn.values())
+    assert drawn["scorer"] <= halves[0] and drawn["judge"] <= halves[1]
+    assert all(len(d) > 30 for d in drawn.values())
     seeds = [{seed for stage, _, seed in generators if stage == name} for name in modules]
     assert len(seeds[0]) == len(seeds[1]) == 20 and not seeds[0] & seeds[1]
     places = [{p.data_ptr() for p in module.parameters()} for module in modules.values()]
@@ -326,7 +352,8 @@ def test_scorer_and_judge_share_no_item_no_parameter_and_no_seed(spare, monkeypa
 
 
 def test_scorer_and_judge_start_differently(run):
-    new = train.Run(run.cfg, train.dataclasses.replace(run.train, new_users=0), run.data, run.world, run.out, run.device)
+    new = train.Run(run.cfg, train.dataclasses.replace(run.train, new_users=0), run.data, run.world, run.out,
+                    run.device)
     for name, value in new.model.scorer.named_parameters():
         if value.ndim > 1:
             assert not torch.equal(value, dict(new.modules["judge"].named_parameters())[name]), name
@@ -361,7 +388,8 @@ def test_the_reward_changes_the_two_tables_and_no_other_bit(spare, smoke):
 
 
 def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(spare, monkeypatch):
-    spare.cfg = train.dataclasses.replace(spare.cfg, reward=train.dataclasses.replace(spare.cfg.reward, rounds=2, log_every=9))
+    spare.cfg = train.dataclasses.replace(spare.cfg, reward=train.dataclasses.replace(spare.cfg.reward,
+                                                                                      rounds=2, log_every=9))
     monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
 
     def moved():
@@ -369,14 +397,18 @@ def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(s
         for m in MODALITIES:
             getattr(spare.model, f"tokens_{m}")[:, 1].clamp_(max=6)
         changed = changed_by_reward(spare)
-        unused = [not torch.equal(getattr(spare.model, m).preference.weight[15], spare.tables[m][15]) for m in MODALITIES]
+        unused = [not torch.equal(getattr(spare.model, m).preference.weight[15], spare.tables[m][15])
+                  for m in MODALITIES]
         return changed == TABLES, any(unused)
     assert moved() == (True, False)
     decay = dict(lr=0.01, weight_decay=0.1)
-    monkeypatch.setattr(train, "token_optimizer", lambda tables, cfg: torch.optim.AdamW(tables.values(), **decay))
+    monkeypatch.setattr(train, "token_optimizer", lambda tables,
+                        cfg: torch.optim.AdamW(tables.values(), **decay))
     assert moved() == (True, True)
-    monkeypatch.setattr(train.DPPMG, "requires_grad_", lambda self, flag: nn.Module.requires_grad_(self, True))
-    monkeypatch.setattr(train, "token_optimizer", lambda tables, cfg: torch.optim.AdamW(spare.model.parameters(), **decay))
+    monkeypatch.setattr(train.DPPMG, "requires_grad_", lambda self,
+                        flag: nn.Module.requires_grad_(self, True))
+    monkeypatch.setattr(train, "token_optimizer", lambda tables,
+                        cfg: torch.optim.AdamW(spare.model.parameters(), **decay))
     assert moved() == (False, True)
 
 
@@ -388,7 +420,7 @@ class OneStep(Exception):
 
 @pytest.mark.parametrize("stage", [s for s in train.STAGES if s not in ("features", "evaluation")])
 def test_training_steps_never_look_at_a_number(spare, monkeypatch, stage):
-    """On the meta device there are none: .item(), boolean masks and shapes that depend on data all raise there."""
+    """On the meta device there is none: .item(), boolean masks, shapes that depend on data all raise there."""
     def one_step(run, optimizer, steps, losses, schedule=None, after=None, **_):
         parts = losses(None)
         parts["loss"].backward()
@@ -402,7 +434,8 @@ def test_training_steps_never_look_at_a_number(spare, monkeypatch, stage):
     monkeypatch.setattr(train, "fit", one_step)
     monkeypatch.setattr(train, "watch", lambda run: None)
     monkeypatch.setattr(train, "draw", lambda n, size, _: torch.randint(n, (size,), device="meta"))
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs))    # no fused one there
+    # no fused one there
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs))
     monkeypatch.setattr(train.Run, "generator", lambda *_: None)
     spare.modules.to("meta")
     spare.model.to("meta")
@@ -440,13 +473,15 @@ def test_twenty_steps_are_ten_and_ten_after_a_restart(smoke, tmp_path):
     resumed.restore(begun.out / "checkpoint.pt")
     assert (resumed.stage, resumed.step) == ("toy", 10)
     toy_stage(resumed)
-    assert hashes(whole.modules) == hashes(resumed.modules) and whole.log == resumed.log and len(whole.log) == 10
+    assert hashes(whole.modules) == hashes(resumed.modules) and whole.log == resumed.log
+    assert len(whole.log) == 10
     fresh = [row for row in whole.log if row[2] == "loss"]
     assert fresh[-1][3] < 0.7 * fresh[0][3]         # it learns, too
 
 
 @pytest.mark.parametrize("what, message", [
-    ("loss", "stage toy, step 3: loss is nan; .* lower learning rate"), ("gradient", "stage toy, step 3: gradient is (inf|nan)"),
+    ("loss", "stage toy, step 3: loss is nan; .* lower learning rate"),
+    ("gradient", "stage toy, step 3: gradient is (inf|nan)"),
     ("parameter", "stage toy, step 3: toy.weight is not finite")])
 def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare, what, message):
     spare.modules["toy"], spare.stage, spare.step = nn.Linear(2, 2, bias=False), "toy", 0
@@ -455,7 +490,8 @@ def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare
     def losses(_):
         loss = weight.square().sum()
         if spare.step == 3:
-            loss = {"loss": loss * math.nan, "gradient": loss + (0 * weight).abs().sqrt().sum(), "parameter": loss}[what]
+            loss = {"loss": loss * math.nan, "gradient": loss + (0 * weight).abs().sqrt().sum(),
+                    "parameter": loss}[what]
         return {"loss": loss}
 
     def after(step):
@@ -476,8 +512,10 @@ def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare
 # ---- what a run leaves
 
 VARIANTS = {"real", "unpersonalized", "before_reward", "after_reward"}
-JUDGED = {"judge_swap_image", "judge_swap_text", "judge_consistency", "judge_prompt_image", "judge_prompt_text", "frechet_image", "copied"}
-EXACT = {"prompt_image", "prompt_text", "consistency", "utility_image", "utility_text", "grammatical", "swap_image", "swap_text"}
+JUDGED = {"judge_swap_image", "judge_swap_text", "judge_consistency", "judge_prompt_image",
+          "judge_prompt_text", "frechet_image", "copied"}
+EXACT = {"prompt_image", "prompt_text", "consistency", "utility_image", "utility_text", "grammatical",
+         "swap_image", "swap_text"}
 
 
 def intervals(value):
@@ -490,27 +528,34 @@ def intervals(value):
 
 
 def test_a_run_leaves_its_files_and_says_what_it_did(smoke):
-    assert {p.name for p in smoke.iterdir()} == {"config.json", "checkpoint.pt", "log.csv", "metrics.json", "report.html", "stickers"}
+    assert {p.name for p in smoke.iterdir()} == {"config.json", "checkpoint.pt", "log.csv", "metrics.json",
+                                                 "report.html", "stickers"}
     printed = (smoke.parent / "printed.txt").read_text()
     for stage in train.STAGES:
         assert re.search(rf"^{stage} +\d+\.\d s   \S.*$", printed, re.MULTILINE), stage
     config = json.loads((smoke / "config.json").read_text())
-    assert config["settings"]["gnn"]["steps"] == 30 and config["data"] is None and len(config["fingerprint"]) == 64
+    assert config["settings"]["gnn"]["steps"] == 30 and config["data"] is None
+    assert len(config["fingerprint"]) == 64
 
 
 def test_metrics_are_those_of_the_design(smoke):
-    found = json.loads((smoke / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert {"dataset", "seed", "device", "threads", "seconds", "cpu_seconds", "peak_memory_mb", "stage1", "codebook", "generation"} <= set(found)
+    found = json.loads((smoke / "metrics.json").read_text(),
+                       parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {"dataset", "seed", "device", "threads", "seconds", "cpu_seconds", "peak_memory_mb", "stage1",
+            "codebook", "generation"} <= set(found)
     assert (found["dataset"], found["seed"], found["device"], found["threads"]) == ("stickers", 0, "cpu", 1)
     for clock in ("seconds", "cpu_seconds"):
         times = found[clock]
         assert set(train.STAGES) <= set(times) and all(t >= 0 for t in times.values())
-        assert math.isclose(times["total"], sum(t for stage, t in times.items() if stage != "total"), abs_tol=0.2)
+        assert math.isclose(times["total"], sum(t for stage, t in times.items() if stage != "total"),
+                            abs_tol=0.2)
     assert 100 < found["peak_memory_mb"] < 3000
-    assert {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text", "recall@20_quantized"} <= set(found["stage1"])
+    assert {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text",
+            "recall@20_quantized"} <= set(found["stage1"])
     for m in MODALITIES:
         health = found["codebook"][m]
-        assert len(health["usage"]) == len(health["perplexity"]) == 2 and {"explained", "collision_rate"} <= set(health)
+        assert len(health["usage"]) == len(health["perplexity"]) == 2
+        assert {"explained", "collision_rate"} <= set(health)
         assert all(0 < u <= 1 for u in health["usage"]) and all(1 <= p <= 8 for p in health["perplexity"])
     assert set(found["generation"]) == VARIANTS
     for variant, measured in found["generation"].items():
@@ -520,8 +565,10 @@ def test_metrics_are_those_of_the_design(smoke):
     real, null = found["generation"]["real"], found["generation"]["unpersonalized"]
     assert real["prompt_text"]["mean"] == real["grammatical"]["mean"] == 1 and real["copied"]["mean"] > 0.7
     for m in MODALITIES:        # nobody's tokens: chance, within five times its 95 % interval
-        assert abs(null[f"swap_{m}"]["mean"] - 0.5) <= 5 * (null[f"swap_{m}"]["high"] - null[f"swap_{m}"]["mean"])
-    assert {str(k) for k in (1, 2, 5, 10, 20)} <= set(found["new_users"]) and set(found["probe"]) == set(ATTRIBUTES)
+        assert abs(null[f"swap_{m}"]["mean"] - 0.5) <= 5 * (null[f"swap_{m}"]["high"]
+                                                            - null[f"swap_{m}"]["mean"])
+    assert {str(k) for k in (1, 2, 5, 10, 20)} <= set(found["new_users"])
+    assert set(found["probe"]) == set(ATTRIBUTES)
 
 
 def test_the_log_can_be_read(smoke):
@@ -529,9 +576,11 @@ def test_the_log_can_be_read(smoke):
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"stage", "step", "name", "value"}
     assert all(math.isfinite(float(row["value"])) and int(row["step"]) >= 0 for row in rows)
-    assert {"autoencoder", "gnn", "codebook", "text", "image", "scorer", "judge", "referee", "reward"} == {row["stage"] for row in rows}
+    assert {"autoencoder", "gnn", "codebook", "text", "image", "scorer", "judge", "referee",
+            "reward"} == {row["stage"] for row in rows}
     reward = {row["name"] for row in rows if row["stage"] == "reward"}
-    assert {"consistency", "s_image", "s_text", "kl_image", "kl_text", "valid_consistency", "valid_utility_image"} <= reward
+    assert {"consistency", "s_image", "s_text", "kl_image", "kl_text", "valid_consistency",
+            "valid_utility_image"} <= reward
 
 
 class Page(html.parser.HTMLParser):
@@ -567,10 +616,11 @@ class Page(html.parser.HTMLParser):
 def check_harmless(page):
     """No code, no reference to anything outside of the page."""
     assert not page.open
-    assert set(page.tags) <= set("html meta title style body h1 h2 h3 p table thead tr th td img figure figcaption br small svg text "
-                                 "path polyline section details summary".split())
+    assert set(page.tags) <= set("html meta title style body h1 h2 h3 p table thead tr th td img figure figcaption "
+                                 "br small svg text path polyline section details summary".split())
     for name, value in page.attributes:
-        assert not name.startswith("on") and name not in ("href", "srcdoc", "action", "data", "formaction"), name
+        assert not name.startswith("on")
+        assert name not in ("href", "srcdoc", "action", "data", "formaction"), name
         assert name != "src" or re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
         assert name != "style" or "url" not in value
 
@@ -599,7 +649,8 @@ def test_the_report_is_one_harmless_file(smoke):
 
 # ---- interrupted, hostile, killed
 
-HOSTILE = ['<script>alert("x")</script>', "</title><img src=x onerror=alert(1)>", "a & b &amp; 'c' \"d\"", "<!-- http://evil.example -->",
+HOSTILE = ['<script>alert("x")</script>', "</title><img src=x onerror=alert(1)>", "a & b &amp; 'c' \"d\"",
+           "<!-- http://evil.example -->",
            "</td></table><b>\u202eabc", "{} %s \\ ${x} 100 %"]
 
 
@@ -611,7 +662,8 @@ def hostile_folder(folder):
     for n, name in enumerate(names):
         Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(folder / "images" / f"{name}.png")
     with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["item", "text", "prompt"], *([name, f"{HOSTILE[n % 5]} {n % 7}", HOSTILE[n % 4].replace(",", "")]
+        csv.writer(file).writerows([["item", "text", "prompt"],
+                                    *([name, f"{HOSTILE[n % 5]} {n % 7}", HOSTILE[n % 4].replace(",", "")]
                                                                    for n, name in enumerate(names))])
     with open(folder / "interactions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["user", "item"], *([f"{HOSTILE[u % 6]}{u}", names[i]] for u in range(14)
@@ -647,17 +699,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_hostile_folder_harms_nothing(t
     printed, errors = capsys.readouterr()
     assert errors == "" and "evaluation" in printed and "autoencoder" not in printed
     found = json.loads((out / "metrics.json").read_text())
-    assert all(set(measured) == JUDGED for measured in found["generation"].values()) and found["dataset"] == data.name
+    assert all(set(measured) == JUDGED for measured in found["generation"].values())
+    assert found["dataset"] == data.name
     page = Page(out / "report.html")
     check_harmless(page)
-    source, seen = (out / "report.html").read_text(encoding="utf-8"), " ".join(page.words + [v for _, v in page.attributes if v])
+    source = (out / "report.html").read_text(encoding="utf-8")
+    seen = " ".join(page.words + [value for _, value in page.attributes if value])
     assert "<script" not in source and "<b>" not in source and "onerror=alert(1)>" not in source
     for text in (*HOSTILE[:4], data.name):
         assert text in seen, text
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(chain):
-    """And therefore two runs with one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
+    """So two runs of one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
     printed, errors = chain.communicate(timeout=300)
     assert chain.returncode == 0, printed + errors
     assert printed.count("the same bits") == 1 and printed.count(",") >= 7
@@ -667,7 +721,8 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
     """The comparison of kill_resume.py sees a single bit, a missing row of the log, a file that was left."""
     for name, change in {"checkpoint/model/text.null": lambda f: save(f, lambda c: c["model"]["text.null"].view(torch.int32)[0, :1].bitwise_xor_(1)),
                          "checkpoint/others/average/null": lambda f: save(f, lambda c: c["others"]["average"]["null"].neg_()),
-                         "metrics/stage1/recall@20": lambda f: alter(f / "metrics.json", '"recall@20": 0', '"recall@20": 1'),
+                         "metrics/stage1/recall@20": lambda f: alter(f / "metrics.json", '"recall@20": 0',
+                                                                     '"recall@20": 1'),
                          "log": lambda f: alter(f / "log.csv", "gnn,30", "gnn,31"),
                          "files": lambda f: (f / ".checkpoint.pt.1.tmp").write_text("")}.items():
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -693,18 +748,25 @@ def alter(path, old, new):
 # ---- mistakes
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--gnn-lrr", "1"], "unknown flag --gnn-lrr: known are --gnn-lr"), (["--gnn-lr", "nan"], "GNNConfig.lr=nan: need a finite"),
+    (["--gnn-lrr", "1"], "unknown flag --gnn-lrr: known are --gnn-lr"),
+    (["--gnn-lr", "nan"], "GNNConfig.lr=nan: need a finite"),
     (["--image-size", "33"], "ImageConfig.size=33"), (["--items", "1"], "TrainConfig.items=1: need 16"),
-    (["--image-eta", "0"], "ImageConfig.eta=0.0, TextConfig.temperature=1.0: the reward needs both > 0"), (["--reward-lambda-c", "inf"], "RewardConfig.lambda_c=inf"),
+    (["--image-eta", "0"], "ImageConfig.eta=0.0, TextConfig.temperature=1.0: the reward needs both > 0"),
+    (["--reward-lambda-c", "inf"], "RewardConfig.lambda_c=inf"),
     (["--text-width", "x"], "invalid int value: 'x'"), (["--new-users", "nan"], "TrainConfig.new_users=nan"),
     (["--interactions", "1000"], "TrainConfig.interactions=1000"), (["--seed", "-1"], "MethodConfig.seed=-1"),
-    (["--checkpoint-seconds", "inf"], "TrainConfig.checkpoint_seconds=inf"), (["--device", "gpu"], "--device gpu: not to be had here"),
-    (["--data", "nowhere"], "nowhere: does not exist"), (["--resume"], "--resume: no unfinished run in runs/"),
-    (["--resume", "--out", "nowhere"], "nowhere holds no run"), (["--out", "file"], "--out file: exists and is not a run"),
+    (["--checkpoint-seconds", "inf"], "TrainConfig.checkpoint_seconds=inf"),
+    (["--device", "gpu"], "--device gpu: not to be had here"),
+    (["--data", "nowhere"], "nowhere: does not exist"),
+    (["--resume"], "--resume: no unfinished run in runs/"),
+    (["--resume", "--out", "nowhere"], "nowhere holds no run"),
+    (["--out", "file"], "--out file: exists and is not a run"),
     (["--out", "file/below"], "file/below"), (["--out", "full"], "--out full: exists and is not a run"),
-    (["--out", "odd"], "odd/config.json: not the settings of a run"), (["--resume", "--out", "odd"], "odd/config.json: not the settings"),
+    (["--out", "odd"], "odd/config.json: not the settings of a run"),
+    (["--resume", "--out", "odd"], "odd/config.json: not the settings"),
     (["--study", "everything"], "invalid choice: 'everything'"), (["stray"], "stray")])
-def test_a_users_mistake_costs_one_line_and_status_2_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, message):
+def test_a_users_mistake_costs_one_line_and_status_2_and_writes_nothing(tmp_path, capsys, monkeypatch,
+                                                                        arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
     for name, file in (("full", "letter.txt"), ("odd", "config.json")):
@@ -728,8 +790,10 @@ def test_a_finished_run_is_not_touched(smoke, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--smoke", "--gnn-steps", "31"], r"holds a run with other settings \(--gnn-steps\)"), ([], "other settings"),
-    (["--resume", "--text-lr", "0.5"], r"other settings \(--text-lr\)"), (["--smoke", "--study", "pareto"], r"\(--study\)"),
+    (["--smoke", "--gnn-steps", "31"], r"holds a run with other settings \(--gnn-steps\)"),
+    ([], "other settings"),
+    (["--resume", "--text-lr", "0.5"], r"other settings \(--text-lr\)"),
+    (["--smoke", "--study", "pareto"], r"\(--study\)"),
     (["--resume", "--data", "."], r"\(--data\)")])
 def test_another_configurations_run_is_not_touched(spare, capsys, arguments, message):
     before = digest(spare.out)
@@ -747,16 +811,20 @@ def test_data_that_changed_since_is_noticed(spare, capsys):
 def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
     config = json.loads((spare.out / "config.json").read_text())
     for group, value in (("gnn", config["settings"]["gnn"] | {"dim": "wide"}), ("gnn", 3), ("vq", {})):
-        (spare.out / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {group: value}}))
+        (spare.out
+         / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {group: value}}))
         assert main("--resume", "--out", spare.out) == 2
-        assert re.fullmatch("train.py: error: .*config.json: not the settings of a run.*\n", capsys.readouterr().err)
+        assert re.fullmatch("train.py: error: .*config.json: not the settings of a run.*\n",
+                            capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name, value", [("model", 3), ("others", 3), ("others", {"judge": {}}), ("tables", None), ("done", None)])
+@pytest.mark.parametrize("name, value", [("model", 3), ("others", 3), ("others", {"judge": {}}),
+                                         ("tables", None), ("done", None)])
 def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
     path = spare.out / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
-    checkpoint = {k: v for k, v in checkpoint.items() if k != "done"} if name == "done" else checkpoint | {name: value}
+    checkpoint = {k: v for k, v in checkpoint.items()
+                  if k != "done"} if name == "done" else checkpoint | {name: value}
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match="checkpoint.pt: does not fit this run"):
         spare.restore(path)
@@ -773,7 +841,8 @@ def test_a_full_disk_costs_one_line_and_the_last_checkpoint_stays(spare, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     errors = capsys.readouterr().err
-    assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors and digest(spare.out) == before
+    assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors
+    assert digest(spare.out) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -788,7 +857,8 @@ def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
     for item in "abcdef":
         Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "images" / f"{item}.png")
     (tmp_path / "data" / "items.csv").write_text("item,text\n" + "".join(f"{i},item {i}\n" for i in "abcdef"))
-    (tmp_path / "data" / "interactions.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u in "xy" for i in "abcdef"))
+    (tmp_path / "data"
+     / "interactions.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u in "xy" for i in "abcdef"))
     assert main("--smoke", "--data", tmp_path / "data", "--out", tmp_path / "run") == 2
     assert "2 users to test on (need 3)" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -796,7 +866,8 @@ def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
 def test_a_diverged_run_names_stage_and_step_and_leaves_a_checkpoint_that_loads(tmp_path, capsys):
     few = [x for name in ("image-ae", "gnn", "vq") for x in (f"--{name}-steps", "2")]
     out = tmp_path / "run"
-    status = main("--smoke", "--items", "40", "--users", "8", "--interactions", "10", *few, "--text-lr", "1e30",
+    status = main("--smoke", "--items", "40", "--users", "8", "--interactions", "10", *few, "--text-lr",
+                  "1e30",
                   "--checkpoint-seconds", "0", "--out", out)
     errors = capsys.readouterr().err
     assert status == 1 and errors.count("\n") == 1
@@ -816,7 +887,8 @@ def test_help_names_every_setting(capsys):
 
 
 def test_flags_reach_the_settings():
-    _, given = train.parse_arguments(["--gnn-dim", "12", "--seed", "3", "--width", "40", "--text-width", "48", "--users", "9"])
+    _, given = train.parse_arguments(["--gnn-dim", "12", "--seed", "3", "--width", "40", "--text-width", "48",
+                                      "--users", "9"])
     assert given["gnn"] == {"dim": 12} and given["method"] == {"seed": 3} and given["train"] == {"users": 9}
     assert given["text"] == {"width": 48} and given["image"] == {"width": 40}
 
@@ -831,9 +903,11 @@ def test_the_pareto_study_shares_the_stages_before_the_reward(spare, monkeypatch
     train.run_study(spare, "pareto")
     rows = json.loads((spare.out / "study.json").read_text())
     assert [row["row"] for row in rows] == ["no reward", "0 : 1", "1 : 0"]
-    assert all(row["consistency"]["low"] <= row["consistency"]["mean"] <= row["consistency"]["high"] for row in rows)
+    assert all(row["consistency"]["low"] <= row["consistency"]["mean"] <= row["consistency"]["high"]
+               for row in rows)
     assert hashes(spare.modules) == start
-    trained = [read_checkpoint(spare.out / name / "checkpoint.pt")["model"] for name in ("ratio-0-1", "ratio-1-0")]
+    trained = [read_checkpoint(spare.out / name / "checkpoint.pt")["model"]
+               for name in ("ratio-0-1", "ratio-1-0")]
     for name, value in spare.model.state_dict().items():
         same = [torch.equal(value, model[name]) for model in trained]
         assert same == [f"model.{name}" not in TABLES] * 2, name
