@@ -769,6 +769,10 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first.cpu(), test.cpu())
         if run.world:
             found[str(k)] |= utility(*test, {m: model.quantizer[m].encode(p[m])[test[0]] for m in MODALITIES})
+    p, new = model.fold_in_preferences(user.to(run.device), item.to(run.device), len(run.data.user_ids)), test[0].unique()
+    for m in MODALITIES:        # from now on they can be generated for like all others
+        getattr(model, f"preference_{m}")[new] = p[m][new]
+        getattr(model, f"tokens_{m}")[new] = model.quantizer[m].encode(p[m][new])
     found["in training"] = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
     if run.world:
         pairs = draw_pairs(run, TEST, test.shape[1])

@@ -20,8 +20,7 @@ def one_thread():
 def spawn(*arguments: str, **options) -> subprocess.Popen:
     """Python in a process of its own, on one thread: two share two cores, and sums round alike in all."""
     return subprocess.Popen([sys.executable, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
     python tests/kill_resume.py [--chain] [--out DIR] [--reference RUN]
 
 Kills (SIGKILL) a smoke run at each of MOMENTS, resumes it, and compares all that it leaves, to the bit, with
-a run that nobody disturbed; prints a line each. --chain: instead, one run, killed at CHAIN's moments one after
-the other. Exit status: the number of runs that end differently. Takes two minutes; --chain, which the tests
-use, half of one."""
+a run that nobody disturbed; prints a line each. --chain: instead, one run, killed at CHAIN's moments one
+after the other. Exit status: the number of runs that end differently. Takes two minutes; --chain, which the
+tests use, half of one."""
 import argparse
 import json
 import os
@@ -24,12 +24,10 @@ from dppmg import read_checkpoint  # noqa: E402
 
 # (stage, step): just before this step; data: after n pictures; checkpoint: when half of the n-th is written
 MOMENTS = (("data", 50), ("autoencoder", 7), ("gnn", 29), ("codebook", 11), ("text", 19), ("image", 5),
-           ("scorer", 1), ("judge", 12),
-           ("referee", 3), ("reward", 2), ("new users", 0), ("grid", 0), ("checkpoint", 30),
-           ("checkpoint", 120))
+           ("scorer", 1), ("judge", 12), ("referee", 3), ("reward", 2), ("new users", 0), ("grid", 0),
+           ("checkpoint", 30), ("checkpoint", 120))
 CHAIN = (("data", 50), ("autoencoder", 7), ("codebook", 11), ("checkpoint", 30), ("image", 5), ("judge", 12),
-         ("reward", 2),
-         ("new users", 0))
+         ("reward", 2), ("new users", 0))
 IGNORED = ("seconds", "cpu_seconds", "peak_memory_mb", "train", "torch")       # differ, and may
 
 
@@ -120,8 +118,8 @@ def main() -> int:
             wrong = survive(out / f"killed-{n}", moments) or differences(reference, out / f"killed-{n}")
             failed += bool(wrong)
             verdict = f"DIFFERS in {len(wrong)}: {', '.join(wrong[:5])}" if wrong else "the same bits"
-            print(f"killed at {', '.join(f'{stage} {step}' for stage, step in moments)}: {verdict}",
-                  flush=True)
+            names = ", ".join(f"{stage} {step}" for stage, step in moments)
+            print(f"killed at {names}: {verdict}", flush=True)
     return failed
 
 

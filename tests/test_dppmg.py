@@ -1,4 +1,4 @@
-"""dppmg.py: features against slow ones, tables, generation, a step of REINFORCE, checkpoints, command line."""
+"""dppmg.py: features against slow ones, tables, generation, a REINFORCE step, checkpoints, command line."""
 import os
 import pickle
 import re
@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 import dppmg
 from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt,
-                   read_checkpoint,
-                   replacing, table_as)
+                   read_checkpoint, replacing, table_as)
 from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, transition
 from gnn import GNNConfig, LatentPCA, TfidfSVD
 from reward import RewardConfig
@@ -75,8 +74,8 @@ def local_features(latents, module):
     side, total = x.shape[-1] - 1, 0.0
     for i in range(side):
         for j in range(side):
-            total = total + np.maximum(np.einsum("bcij,fcij->bf", x[:, :, i:i + 2, j:j + 2], filters) + bias,
-                                       0)
+            patch = x[:, :, i:i + 2, j:j + 2]
+            total = total + np.maximum(np.einsum("bcij,fcij->bf", patch, filters) + bias, 0)
     return total / side**2
 
 
@@ -217,8 +216,7 @@ def model(smoke):
 
 
 def same(one, two):
-    return all(a.text == b.text and a.image.tobytes() == b.image.tobytes() for a,
-               b in zip(one, two, strict=True))
+    return all(a.text == b.text and a.image.tobytes() == b.image.tobytes() for a, b in zip(one, two))
 
 
 def test_generation_repeats_by_seed_and_differs_by_seed_user_and_prompt(model):
@@ -229,8 +227,8 @@ def test_generation_repeats_by_seed_and_differs_by_seed_user_and_prompt(model):
     for other in (args | dict(seed=1), args | dict(prompt="boat"), args | dict(user="u002"),
                   dict(prompt="fish", n=2),
                   dict(prompt="fish", n=2, history=history)):
-        assert not any(a.image.tobytes() == b.image.tobytes() for a,
-                       b in zip(made, model.generate(**other))), other
+        pairs = zip(made, model.generate(**other), strict=True)
+        assert not any(a.image.tobytes() == b.image.tobytes() for a, b in pairs), other
     assert made[0].image.tobytes() != made[1].image.tobytes() and made[0].text != made[1].text
 
 
@@ -244,8 +242,8 @@ def test_generated_pictures_are_rgb_of_the_configured_size(model, n):
 def test_a_picture_has_the_pixels_of_the_tensor():
     x = torch.tensor([[[-1.0, 1.0]], [[0.0, -2.0]], [[0.2, 3.0]]])          # (3, 1, 2): one row of two pixels
     image = dppmg.to_picture(x)
-    assert (image.mode, image.size, image.getpixel((0, 0)),
-            image.getpixel((1, 0))) == ("RGB", (2, 1), (0, 128, 153), (255, 0, 255))
+    assert (image.mode, image.size) == ("RGB", (2, 1))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 128, 153), (255, 0, 255)]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -295,8 +293,8 @@ def step(model, user=(0, 3), with_kl=False, reference=None, seed=0):
 
 
 def slow_advantage(reward):
-    return [r - sum(x for j, x in enumerate(reward) if j != i) / (len(reward) - 1) for i,
-            r in enumerate(reward)]
+    others = [reward[:i] + reward[i + 1:] for i in range(len(reward))]
+    return [own - sum(rest) / len(rest) for own, rest in zip(reward, others)]
 
 
 def slow_normalized(groups):
@@ -329,13 +327,12 @@ def slow_rewards(model, terms):
 
 def slow_text_log_prob(model, tokens, prompt, prefs):
     """log p of one text, token by token, under the guided distribution without PAD and BOS."""
-    cond, null = model.text(tokens[None], prompt[None], prefs[None])[0], model.text(tokens[None],
-                                                                                    prompt[None], None)[0]
+    cond, null = (model.text(tokens[None], prompt[None], x)[0] for x in (prefs[None], None))
     total, w = 0.0, model.cfg.text.guidance
     for t, token in enumerate(tokens[:tokens.tolist().index(EOS) + 1 if EOS in tokens else None].tolist()):
         logits = (null[t] + w * (cond[t] - null[t])) / model.cfg.text.temperature
-        total = total + torch.distributions.Categorical(logits=logits[EOS:]).log_prob(torch.tensor(token
-                                                                                                   - EOS))
+        policy = torch.distributions.Categorical(logits=logits[EOS:])
+        total = total + policy.log_prob(torch.tensor(token - EOS))
     return total
 
 
@@ -362,13 +359,13 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
         for advantage, part in zip(slow_advantage(reward["image"][n]), range(mine[n].start, mine[n].stop)):
             for k in range(min(grad_steps, 4)):
                 one = chain[:, part:part + 1]
-                mean, std = transition(model.image, one, k, prompt[n:n + 1], prefs["image"][n:n + 1], 2.0,
-                                       1.0)
+                condition = prompt[n:n + 1], prefs["image"][n:n + 1]
+                mean, std = transition(model.image, one, k, *condition, guidance=2.0, eta=1.0)
                 score = torch.distributions.Normal(mean, std).log_prob(one[k + 1]).sum()
                 loss = loss - advantage * score / (G * n_image)
         for advantage, text in zip(slow_advantage(reward["text"][n]), written[n]):
-            loss = loss - advantage * slow_text_log_prob(model, text, prompt[n],
-                                                         prefs["text"][n]) / (G * n_text)
+            score = slow_text_log_prob(model, text, prompt[n], prefs["text"][n])
+            loss = loss - advantage * score / (G * n_text)
     for m, want in zip(MODALITIES, torch.autograd.grad(loss, list(tables(model).values()))):
         assert want.abs().max() > 1e-4
         assert_close(got[m], want, rtol=1e-6, atol=1e-9)
@@ -430,8 +427,7 @@ def test_drift_is_zero_at_the_start_and_positive_after_a_change():
 
 def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     model = toy().double()
-    start = {m: torch.randn(table.shape, generator=rng(), dtype=torch.float64) for m,
-             table in tables(model).items()}
+    start = {m: torch.randn(x.shape, generator=rng(), dtype=torch.float64) for m, x in tables(model).items()}
     found, prompt = step(model, with_kl=True, reference=start), torch.tensor([[1, 0]] * 6 + [[2, 0]] * 6)
     g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
     model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
@@ -456,8 +452,8 @@ def test_the_drift_is_a_penalty_with_its_weight():
     for weight in (0.0, 2.0):
         model.cfg = replace(CFG, reward=replace(CFG.reward, kl_weight=weight))
         losses.append(step(model, with_kl=True, reference=start))
-    assert_close(losses[1].loss - losses[0].loss, 2 * (losses[0].kl_image + losses[0].kl_text), rtol=1e-3,
-                 atol=1e-4)
+    drift = losses[0].kl_image + losses[0].kl_text
+    assert_close(losses[1].loss - losses[0].loss, 2 * drift, rtol=1e-3, atol=1e-4)
 
 
 def test_reinforce_pleases_the_person():
@@ -509,8 +505,10 @@ def reshape(path):
 
 def cut(keep):
     """Keep so many bytes, or this share of them."""
-    return lambda path: path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size) if 0 < keep < 1
-                                                           else keep])
+    def change(path):
+        data = path.read_bytes()
+        path.write_bytes(data[:int(keep * len(data)) if 0 < keep < 1 else keep])
+    return change
 
 
 def folder(path):
@@ -522,7 +520,7 @@ DAMAGES = {
     **{f"cut to {keep}": (cut(keep), "not a checkpoint, or damaged") for keep in (0, 1, 100, 0.3, 0.9, -1)},
     "text": (lambda path: path.write_text("hello"),
              "not a checkpoint, or damaged .*need 'DPPMG checkpoint 1'"),
-    "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": FORMAT})),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": FORMAT}, protocol=2)),
                "not a checkpoint|training is not finished"),
     "list": (lambda path: torch.save([1, 2], path), "format is None"),
     "version": (change(format="DPPMG checkpoint 0"),
@@ -562,7 +560,7 @@ def toy_run(tmp_path_factory):
 def test_a_checkpoint_is_data_and_no_code_of_it_runs(tmp_path, how):
     path, proof = tmp_path / "checkpoint.pt", tmp_path / "pwned"
     evil = {"format": FORMAT, "done": ["reward"], "config": Evil(proof)}
-    torch.save(evil, path) if how == "torch.save" else path.write_bytes(pickle.dumps(evil))
+    torch.save(evil, path) if how == "torch.save" else path.write_bytes(pickle.dumps(evil, protocol=2))
     with pytest.raises(CheckpointError, match="not a checkpoint, or damaged"):
         DPPMG.load(path)
     assert not proof.exists()
@@ -647,8 +645,7 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: No such file or directory"),
     (["--prompt", "fish", "--out", "."], "--out '.': need the name of a file"),
     (["--prompt", "fish", "--seed", "1" + "0" * 30], "Overflow"), ([], "--prompt")])
-def test_a_users_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments,
-                                                     message):
+def test_a_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run_main(toy_run, *arguments) == 2
     printed, errors = capsys.readouterr()

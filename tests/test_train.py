@@ -1,5 +1,4 @@
-"""train.py: stickers and their referee, stages, exact measures, a run's files and report, resuming, mistakes."""
-import copy
+"""train.py: stickers and their referee, stages, exact measures, a run's files and report, kills, mistakes."""
 import csv
 import hashlib
 import html.parser
@@ -10,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,17 +21,29 @@ from torch import nn
 
 import train
 from dppmg import MODALITIES, TEST, TRAIN, VALID, CheckpointError, Dataset, read_checkpoint
-from reward import Content
 from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainConfig, read_text
 
 
+TRAIN_REFEREE = """if True:
+    import sys, torch, train
+    run = train.open_run(*train.parse_arguments(["--resume", "--out", sys.argv[1]]))
+    run.train, run.stage = train.TrainConfig(), "referee"
+    train.train_referee(run)
+    torch.save(run.modules["referee"].state_dict(), sys.argv[1] + "/referee.pt")"""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def chain(smoke, tmp_path_factory):
-    """A run that is killed again and again, begun: it goes on beside the other tests."""
-    process = spawn(str(ROOT / "tests" / "kill_resume.py"), "--chain", "--reference", str(smoke), "--out",
-                    str(tmp_path_factory.mktemp("chain")))
-    yield process
-    process.kill()
+def processes(smoke, tmp_path_factory):
+    """What takes long, begun at once beside the other tests, which come first: a run that is killed again and
+    again; a referee that learns with the default settings, in a folder."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(smoke, folder / "run", ignore=shutil.ignore_patterns("metrics.json"))
+    script, reference = str(ROOT / "tests" / "kill_resume.py"), ("--reference", str(smoke))
+    begun = {"chain": spawn(script, "--chain", *reference, "--out", str(folder / "chain")),
+             "referee": spawn("-c", TRAIN_REFEREE, str(folder / "run"), cwd=ROOT)}
+    yield folder, begun
+    for process in begun.values():
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +82,13 @@ def main(*arguments):
 
 def digest(folder):
     """What each file of a folder holds."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*")
-            if p.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def hashes(module):
     """A hash of every tensor."""
-    return {name: hashlib.sha256(x.detach().contiguous().numpy().tobytes()).hexdigest() for name,
-            x in module.state_dict().items()}
+    return {name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in module.state_dict().items()}
 
 
 # ---- stickers
@@ -99,17 +110,15 @@ def test_stickers_are_a_folder_like_any_other_and_their_texts_say_what_they_are(
 
 
 def test_interactions_are_drawn_from_the_product_of_the_tastes():
-    """How often is a user's first, second .. favourite value liked?  As often as in numpy's draws, user by user."""
-    world, rng = train.sticker_world(TrainConfig(items=1000, users=300, interactions=20),
-                                     seed=5), np.random.default_rng(6)
+    """How often is a user's first, second .. favourite value liked?  As often as in numpy's own draws."""
+    cfg, rng = TrainConfig(items=1000, users=300, interactions=20), np.random.default_rng(6)
+    world = train.sticker_world(cfg, seed=5)
     for taste in world.tastes.values():
         assert (taste > 0).all() and np.allclose(taste.sum(1), 1)
-    # (U, I)
-    p = np.prod([world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)], axis=0)
+    p = np.prod([world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)], axis=0)  # (U, I)
     slow = np.stack([rng.choice(1000, 20, replace=False, p=row / row.sum()) for row in p])
     for k, (a, values) in enumerate(ATTRIBUTES.items()):
-        # (U, values)
-        place = np.argsort(np.argsort(-world.tastes[a], axis=1), axis=1)
+        place = np.argsort(np.argsort(-world.tastes[a], axis=1), axis=1)                    # (U, values)
         one, two = (np.bincount(np.take_along_axis(place, world.items[:, k][liked], 1).ravel(),
                                 minlength=len(values))
                     for liked in (world.liked, slow))
@@ -131,30 +140,9 @@ def test_the_same_seed_draws_the_same_world():
     assert worlds[0] == worlds[1] and all(a != b for a, b in zip(worlds[0], worlds[2]))
 
 
-@pytest.fixture(scope="module")
-def referee(smoke, tmp_path_factory):
-    """Trained from scratch with the default settings."""
-    run = reopen(smoke, tmp_path_factory.mktemp("referee") / "run")
-    torch.manual_seed(0)
-    run.modules["referee"], run.train, run.stage, run.step = Referee(), TrainConfig(), "referee", 0
-    train.train_referee(run)
-    return run.modules["referee"]
-
-
-def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the_folder(referee, run):
-    pictures, values = train.draw_batch(1000, np.random.default_rng(2026))
-    for name, right in zip(SEEN, (referee.read(pictures) == values).double().mean(0)):
-        assert right >= 0.99, f"{name}: {right:.1%}"
-    written = referee.read(train.to_float(run.images)) == torch.from_numpy(run.world.items[:, :4])
-    assert written.double().mean(0).min() > 0.97
-    large = torch.nn.functional.interpolate(pictures[:100], scale_factor=2, mode="nearest")
-    assert torch.equal(referee.read(large), referee.read(pictures[:100]))
-
-
 @pytest.mark.parametrize("text", [
-    "", "fish", "a fish at dawn", "a fish at dawn.\n", " a fish at dawn.", "a cat at dawn.",
-    "a fish at noon.", "A fish at dawn.",
-    "a fish at dawn. a fish at dawn.", "a  at .", "a fish at dawn!",
+    "", "fish", "a fish at dawn", "a fish at dawn.\n", " a fish at dawn.", "A fish at dawn.",
+    "a cat at dawn.", "a fish at noon.", "a fish at dawn. a fish at dawn.", "a  at .", "a fish at dawn!",
     "softly the fish dreams, wrapped in dawn", "a {subject} at {setting}.",
     "a fısh at dawn.", "\0", "a " + "fish " * 10**4])
 def test_what_is_no_stickers_text_is_not_read(text):
@@ -181,8 +169,8 @@ def test_held_out_users_are_in_no_training():
         part = torch.full((len(user),), TRAIN, dtype=torch.int8)
         part[::7], part[::11] = VALID, TEST
         ids = [str(n) for n in range(50)]
-        return Dataset("x", ids, ids, ids, [()] * 40, [], torch.zeros(40, 3, 8, 8), user, item, time, part,
-                       [])
+        images = torch.zeros(40, 3, 8, 8)
+        return Dataset("x", ids, ids, ids, [()] * 40, [], images, user, item, time, part, [])
     before, data = load(), load()
     new = train.hold_out_users(data, 0.3, seed=1)
     held = data.user[data.part == train.NEW].unique()
@@ -192,8 +180,8 @@ def test_held_out_users_are_in_no_training():
     assert torch.equal(data.part[others], before.part[others])
     for name, part in (("history", TRAIN), ("test", TEST)):
         rows = (before.part == part) & torch.isin(before.user, held)
-        assert set(zip(*new[name].tolist())) == set(zip(before.user[rows].tolist(),
-                                                        before.item[rows].tolist()))
+        wanted = set(zip(before.user[rows].tolist(), before.item[rows].tolist()))
+        assert set(zip(*new[name].tolist())) == wanted
     time = {(u, i): t for u, i, t in zip(before.user.tolist(), before.item.tolist(), before.time.tolist())}
     for u in held.tolist():
         mine = [time[u, i] for v, i in new["history"].T.tolist() if v == u]
@@ -212,6 +200,14 @@ def test_new_users_of_a_run_are_unknown_to_its_graph(run):
     assert len(new) == 4 and not new & set(run.liked[0].tolist())
     degree = run.model.graph.row_ptr.diff()
     assert all(degree[u] == 0 for u in new) and sorted(new | set(run.users.tolist())) == list(range(40))
+
+
+def test_new_users_can_be_generated_for_once_the_run_is_done(run):
+    user, item = run.new["history"]
+    histories = [[run.data.item_ids[i] for i in item[user == u].tolist()] for u in user.unique()]
+    for m, tokens in run.model.fold_in(histories).items():
+        assert torch.equal(run.model.user_tokens(user.unique())[m], tokens)
+        assert getattr(run.model, f"preference_{m}")[user.unique()].norm(dim=1).min() > 0
 
 
 def test_pairs_are_test_interactions_with_another_user(run):
@@ -299,10 +295,10 @@ def test_a_wrong_picture_or_text_lowers_the_right_measure_and_no_other(run, exac
 
     def lowered(images=None, texts=None, tokens=None):
         content = train.contents(run, pairs.item)
-        content = content._replace(**({"images": train.contents(run, images).images} if images is not None
-                                      else {}),
-                                   **({"tokens": run.tokens[texts] if tokens is None else tokens}
-                                      if (texts, tokens) != (None, None) else {}))
+        if images is not None:
+            content = content._replace(images=train.contents(run, images).images)
+        if texts is not None or tokens is not None:
+            content = content._replace(tokens=run.tokens[texts] if tokens is None else tokens)
         found = exact(pairs, content)
         return {name for name in found if found[name] != right[name]}
     subject, setting = with_other(("setting",), ("subject", "colour")), with_other(("subject",), ("setting",))
@@ -352,8 +348,7 @@ def test_scorer_and_judge_share_no_item_no_parameter_and_no_seed(spare, monkeypa
 
 
 def test_scorer_and_judge_start_differently(run):
-    new = train.Run(run.cfg, train.dataclasses.replace(run.train, new_users=0), run.data, run.world, run.out,
-                    run.device)
+    new = train.Run(run.cfg, replace(run.train, new_users=0), run.data, run.world, run.out, run.device)
     for name, value in new.model.scorer.named_parameters():
         if value.ndim > 1:
             assert not torch.equal(value, dict(new.modules["judge"].named_parameters())[name]), name
@@ -388,8 +383,7 @@ def test_the_reward_changes_the_two_tables_and_no_other_bit(spare, smoke):
 
 
 def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(spare, monkeypatch):
-    spare.cfg = train.dataclasses.replace(spare.cfg, reward=train.dataclasses.replace(spare.cfg.reward,
-                                                                                      rounds=2, log_every=9))
+    spare.cfg = replace(spare.cfg, reward=replace(spare.cfg.reward, rounds=2, log_every=9))
     monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
 
     def moved():
@@ -401,14 +395,12 @@ def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(s
                   for m in MODALITIES]
         return changed == TABLES, any(unused)
     assert moved() == (True, False)
-    decay = dict(lr=0.01, weight_decay=0.1)
-    monkeypatch.setattr(train, "token_optimizer", lambda tables,
-                        cfg: torch.optim.AdamW(tables.values(), **decay))
+    def decaying(parameters):
+        return lambda tables, cfg: torch.optim.AdamW(parameters or tables.values(), lr=0.01, weight_decay=0.1)
+    monkeypatch.setattr(train, "token_optimizer", decaying(None))
     assert moved() == (True, True)
-    monkeypatch.setattr(train.DPPMG, "requires_grad_", lambda self,
-                        flag: nn.Module.requires_grad_(self, True))
-    monkeypatch.setattr(train, "token_optimizer", lambda tables,
-                        cfg: torch.optim.AdamW(spare.model.parameters(), **decay))
+    monkeypatch.setattr(train.DPPMG, "requires_grad_", lambda model, _: nn.Module.requires_grad_(model, True))
+    monkeypatch.setattr(train, "token_optimizer", decaying(list(spare.model.parameters())))
     assert moved() == (False, True)
 
 
@@ -420,7 +412,7 @@ class OneStep(Exception):
 
 @pytest.mark.parametrize("stage", [s for s in train.STAGES if s not in ("features", "evaluation")])
 def test_training_steps_never_look_at_a_number(spare, monkeypatch, stage):
-    """On the meta device there is none: .item(), boolean masks, shapes that depend on data all raise there."""
+    """On the meta device there is none: .item(), boolean masks, shapes that depend on data raise there."""
     def one_step(run, optimizer, steps, losses, schedule=None, after=None, **_):
         parts = losses(None)
         parts["loss"].backward()
@@ -434,8 +426,7 @@ def test_training_steps_never_look_at_a_number(spare, monkeypatch, stage):
     monkeypatch.setattr(train, "fit", one_step)
     monkeypatch.setattr(train, "watch", lambda run: None)
     monkeypatch.setattr(train, "draw", lambda n, size, _: torch.randint(n, (size,), device="meta"))
-    # no fused one there
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
     monkeypatch.setattr(train.Run, "generator", lambda *_: None)
     spare.modules.to("meta")
     spare.model.to("meta")
@@ -550,8 +541,8 @@ def test_metrics_are_those_of_the_design(smoke):
         assert math.isclose(times["total"], sum(t for stage, t in times.items() if stage != "total"),
                             abs_tol=0.2)
     assert 100 < found["peak_memory_mb"] < 3000
-    assert {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text",
-            "recall@20_quantized"} <= set(found["stage1"])
+    names = {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text", "recall@20_quantized"}
+    assert names <= set(found["stage1"])
     for m in MODALITIES:
         health = found["codebook"][m]
         assert len(health["usage"]) == len(health["perplexity"]) == 2
@@ -565,8 +556,8 @@ def test_metrics_are_those_of_the_design(smoke):
     real, null = found["generation"]["real"], found["generation"]["unpersonalized"]
     assert real["prompt_text"]["mean"] == real["grammatical"]["mean"] == 1 and real["copied"]["mean"] > 0.7
     for m in MODALITIES:        # nobody's tokens: chance, within five times its 95 % interval
-        assert abs(null[f"swap_{m}"]["mean"] - 0.5) <= 5 * (null[f"swap_{m}"]["high"]
-                                                            - null[f"swap_{m}"]["mean"])
+        swap = null[f"swap_{m}"]
+        assert abs(swap["mean"] - 0.5) <= 5 * (swap["high"] - swap["mean"])
     assert {str(k) for k in (1, 2, 5, 10, 20)} <= set(found["new_users"])
     assert set(found["probe"]) == set(ATTRIBUTES)
 
@@ -576,8 +567,7 @@ def test_the_log_can_be_read(smoke):
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == {"stage", "step", "name", "value"}
     assert all(math.isfinite(float(row["value"])) and int(row["step"]) >= 0 for row in rows)
-    assert {"autoencoder", "gnn", "codebook", "text", "image", "scorer", "judge", "referee",
-            "reward"} == {row["stage"] for row in rows}
+    assert {row["stage"] for row in rows} == set(train.STAGES) - {"features", "evaluation"}
     reward = {row["name"] for row in rows if row["stage"] == "reward"}
     assert {"consistency", "s_image", "s_text", "kl_image", "kl_text", "valid_consistency",
             "valid_utility_image"} <= reward
@@ -616,8 +606,9 @@ class Page(html.parser.HTMLParser):
 def check_harmless(page):
     """No code, no reference to anything outside of the page."""
     assert not page.open
-    assert set(page.tags) <= set("html meta title style body h1 h2 h3 p table thead tr th td img figure figcaption "
-                                 "br small svg text path polyline section details summary".split())
+    harmless = ("html meta title style body h1 h2 h3 p br small section details summary table thead tr th td "
+                "img figure figcaption svg text path polyline")
+    assert set(page.tags) <= set(harmless.split())
     for name, value in page.attributes:
         assert not name.startswith("on")
         assert name not in ("href", "srcdoc", "action", "data", "formaction"), name
@@ -662,12 +653,11 @@ def hostile_folder(folder):
     for n, name in enumerate(names):
         Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(folder / "images" / f"{name}.png")
     with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["item", "text", "prompt"],
-                                    *([name, f"{HOSTILE[n % 5]} {n % 7}", HOSTILE[n % 4].replace(",", "")]
-                                                                   for n, name in enumerate(names))])
+        rows = [[name, f"{HOSTILE[n % 5]} {n % 7}", HOSTILE[n % 4]] for n, name in enumerate(names)]
+        csv.writer(file).writerows([["item", "text", "prompt"], *rows])
     with open(folder / "interactions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["user", "item"], *([f"{HOSTILE[u % 6]}{u}", names[i]] for u in range(14)
-                                                         for i in rng.permutation(30)[:12])])
+        rows = [[f"{HOSTILE[u % 6]}{u}", names[i]] for u in range(14) for i in rng.permutation(30)[:12]]
+        csv.writer(file).writerows([["user", "item"], *rows])
 
 
 def interrupt_at(monkeypatch, stage, step):
@@ -710,33 +700,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_hostile_folder_harms_nothing(t
         assert text in seen, text
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(chain):
-    """So two runs of one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
-    printed, errors = chain.communicate(timeout=300)
-    assert chain.returncode == 0, printed + errors
-    assert printed.count("the same bits") == 1 and printed.count(",") >= 7
-
-
 def test_runs_that_differ_are_told_apart(smoke, tmp_path):
     """The comparison of kill_resume.py sees a single bit, a missing row of the log, a file that was left."""
-    for name, change in {"checkpoint/model/text.null": lambda f: save(f, lambda c: c["model"]["text.null"].view(torch.int32)[0, :1].bitwise_xor_(1)),
-                         "checkpoint/others/average/null": lambda f: save(f, lambda c: c["others"]["average"]["null"].neg_()),
-                         "metrics/stage1/recall@20": lambda f: alter(f / "metrics.json", '"recall@20": 0',
-                                                                     '"recall@20": 1'),
-                         "log": lambda f: alter(f / "log.csv", "gnn,30", "gnn,31"),
-                         "files": lambda f: (f / ".checkpoint.pt.1.tmp").write_text("")}.items():
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-        shutil.copytree(smoke, tmp_path / "copy", ignore=shutil.ignore_patterns("stickers"))
-        (tmp_path / "copy" / "stickers").mkdir()
-        assert differences(smoke, tmp_path / "copy") == []
-        change(tmp_path / "copy")
-        assert [d for d in differences(smoke, tmp_path / "copy") if d.startswith(name)], name
-
-
-def save(folder, change):
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
-    change(checkpoint)
-    torch.save(checkpoint, folder / "checkpoint.pt")
+    def flip(name):
+        """Flip the lowest bit of one number."""
+        checkpoint = read_checkpoint(copy / "checkpoint.pt")
+        checkpoint["model"][name].view(torch.int32).view(-1)[5:6].bitwise_xor_(1)
+        torch.save(checkpoint, copy / "checkpoint.pt")
+    copy = tmp_path / "copy"
+    score = 'recall@20": 0'
+    changes = {"checkpoint/model/text.null": lambda: flip("text.null"),
+               "checkpoint/model/tokens_image": lambda: flip("tokens_image"),
+               "metrics/stage1/recall@20": lambda: alter(copy / "metrics.json", score, score[:-1] + "1"),
+               "log": lambda: alter(copy / "log.csv", "gnn,30", "gnn,31"),
+               "files": lambda: (copy / ".checkpoint.pt.1.tmp").write_text("")}
+    for name, change in changes.items():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(smoke, copy, ignore=shutil.ignore_patterns("s0*.png"))
+        assert differences(smoke, copy) == []
+        change()
+        assert all(found.startswith(name) for found in differences(smoke, copy)), name
+        assert differences(smoke, copy)
 
 
 def alter(path, old, new):
@@ -765,8 +749,7 @@ def alter(path, old, new):
     (["--out", "odd"], "odd/config.json: not the settings of a run"),
     (["--resume", "--out", "odd"], "odd/config.json: not the settings"),
     (["--study", "everything"], "invalid choice: 'everything'"), (["stray"], "stray")])
-def test_a_users_mistake_costs_one_line_and_status_2_and_writes_nothing(tmp_path, capsys, monkeypatch,
-                                                                        arguments, message):
+def test_a_mistake_costs_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
     for name, file in (("full", "letter.txt"), ("odd", "config.json")):
@@ -811,8 +794,8 @@ def test_data_that_changed_since_is_noticed(spare, capsys):
 def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
     config = json.loads((spare.out / "config.json").read_text())
     for group, value in (("gnn", config["settings"]["gnn"] | {"dim": "wide"}), ("gnn", 3), ("vq", {})):
-        (spare.out
-         / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {group: value}}))
+        settings = config["settings"] | {group: value}
+        (spare.out / "config.json").write_text(json.dumps(config | {"settings": settings}))
         assert main("--resume", "--out", spare.out) == 2
         assert re.fullmatch("train.py: error: .*config.json: not the settings of a run.*\n",
                             capsys.readouterr().err)
@@ -823,9 +806,8 @@ def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
 def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
     path = spare.out / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
-    checkpoint = {k: v for k, v in checkpoint.items()
-                  if k != "done"} if name == "done" else checkpoint | {name: value}
-    torch.save(checkpoint, path)
+    del checkpoint[name]
+    torch.save(checkpoint if value is None else checkpoint | {name: value}, path)
     with pytest.raises(CheckpointError, match="checkpoint.pt: does not fit this run"):
         spare.restore(path)
 
@@ -853,22 +835,22 @@ def test_a_read_only_out_costs_one_line(tmp_path, capsys):
 
 
 def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
-    (tmp_path / "data" / "images").mkdir(parents=True)
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
     for item in "abcdef":
-        Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "images" / f"{item}.png")
-    (tmp_path / "data" / "items.csv").write_text("item,text\n" + "".join(f"{i},item {i}\n" for i in "abcdef"))
-    (tmp_path / "data"
-     / "interactions.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u in "xy" for i in "abcdef"))
-    assert main("--smoke", "--data", tmp_path / "data", "--out", tmp_path / "run") == 2
+        Image.new("RGB", (8, 8), "red").save(data / "images" / f"{item}.png")
+    (data / "items.csv").write_text("item,text\n" + "".join(f"{i},item {i}\n" for i in "abcdef"))
+    likes = "".join(f"{user},{item}\n" for user in "xy" for item in "abcdef")
+    (data / "interactions.csv").write_text("user,item\n" + likes)
+    assert main("--smoke", "--data", data, "--out", tmp_path / "run") == 2
     assert "2 users to test on (need 3)" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_diverged_run_names_stage_and_step_and_leaves_a_checkpoint_that_loads(tmp_path, capsys):
     few = [x for name in ("image-ae", "gnn", "vq") for x in (f"--{name}-steps", "2")]
     out = tmp_path / "run"
-    status = main("--smoke", "--items", "40", "--users", "8", "--interactions", "10", *few, "--text-lr",
-                  "1e30",
-                  "--checkpoint-seconds", "0", "--out", out)
+    status = main("--smoke", "--items", "40", "--users", "8", "--interactions", "10", *few,
+                  "--text-lr", "1e30", "--checkpoint-seconds", "0", "--out", out)
     errors = capsys.readouterr().err
     assert status == 1 and errors.count("\n") == 1
     assert re.match(r"train.py: error: stage text, step 1: \S+ is (nan|inf|not finite)", errors), errors
@@ -887,8 +869,8 @@ def test_help_names_every_setting(capsys):
 
 
 def test_flags_reach_the_settings():
-    _, given = train.parse_arguments(["--gnn-dim", "12", "--seed", "3", "--width", "40", "--text-width", "48",
-                                      "--users", "9"])
+    flags = ["--gnn-dim", "12", "--seed", "3", "--width", "40", "--text-width", "48", "--users", "9"]
+    _, given = train.parse_arguments(flags)
     assert given["gnn"] == {"dim": 12} and given["method"] == {"seed": 3} and given["train"] == {"users": 9}
     assert given["text"] == {"width": 48} and given["image"] == {"width": 40}
 
@@ -928,3 +910,28 @@ def test_an_interrupted_bits_study_keeps_the_raw_row_that_it_has_trained(spare, 
     row.save()
     assert (raw().model.text.preference.weight == 7).all()
     assert torch.equal(raw().model.tokens_text, torch.arange(40)[:, None])
+
+
+# ---- what has gone on meanwhile
+
+def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the_folder(processes, run):
+    folder, begun = processes
+    printed, errors = begun["referee"].communicate(timeout=300)
+    assert begun["referee"].returncode == 0, errors
+    referee = Referee()
+    referee.load_state_dict(torch.load(folder / "run" / "referee.pt", weights_only=True))
+    pictures, values = train.draw_batch(1000, np.random.default_rng(2026))
+    for name, right in zip(SEEN, (referee.read(pictures) == values).double().mean(0)):
+        assert right >= 0.99, f"{name}: {right:.1%}"
+    large = torch.nn.functional.interpolate(pictures[:100], scale_factor=2, mode="nearest")
+    assert torch.equal(referee.read(large), referee.read(pictures[:100]))
+    written = referee.read(train.to_float(run.images)) == torch.from_numpy(run.world.items[:, :4])
+    assert written.double().mean(0).min() > 0.97
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(processes):
+    """So two runs of one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
+    chain = processes[1]["chain"]
+    printed, errors = chain.communicate(timeout=300)
+    assert chain.returncode == 0, printed + errors
+    assert printed.count("the same bits") == 1 and printed.count(",") >= 7
