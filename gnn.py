@@ -120,12 +120,14 @@ class _SymmetricMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, apply_map):
+        """x (N, D), apply_map: x -> S x."""
         ctx.apply_map = apply_map
         return apply_map(x.detach())                # detached: embedding_bag then keeps no books of its own
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """dL/dy (N, D) -> dL/dx (N, D), by the same map."""
         return ctx.apply_map(grad.contiguous()), None
 
 

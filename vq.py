@@ -180,6 +180,7 @@ class SkipMLP(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, n_in) -> (B, n_out)."""
         return self.linear(x) + self.mlp(x)
 
 
