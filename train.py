@@ -433,7 +433,8 @@ def train_autoencoder(run: Run) -> str:
     cfg, net = run.cfg.image, run.model.autoencoder
 
     def losses(generator):
-        return {"loss": net.loss(to_float(run.images[run.seen[draw(len(run.seen), cfg.batch, generator)]]), cfg.kl, generator)}
+        with run.model.half():
+            return {"loss": net.loss(to_float(run.images[run.seen[draw(len(run.seen), cfg.batch, generator)]]), cfg.kl, generator)}
     fit(run, adamw(net, cfg.ae_lr, cfg.weight_decay), cfg.ae_steps, losses)
     net.standardize(in_batches(net.encode, to_float(run.images[run.seen])))
     x = to_float(run.images[run.seen[:512]])
@@ -549,7 +550,8 @@ def train_image(run: Run) -> str:
 
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "image", cfg.batch, cfg.null_rate, generator)
-        return {"loss": net.loss(latents[item], prompt, prefs, generator)}
+        with run.model.half():
+            return {"loss": net.loss(latents[item], prompt, prefs, generator)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, lambda x: ramp(x, hold=0.5),
         lambda step: ema_update(average, net, cfg.ema, step))
     net.load_state_dict(average.state_dict())

@@ -27,7 +27,7 @@ LAPLACE = 1e-5      # pseudo-count of every code in the EMA, over the fair share
 @dataclass(frozen=True)
 class VQConfig:
     levels: int = 4             # L, residual levels = preference tokens per user and modality (ours)
-    codes: int = 32             # K, codebook entries per level; levels * log2(codes) = 20 bits a user (ours)
+    codes: int = 64             # K, codebook entries per level; levels * log2(codes) = 24 bits a user (ours)
     dim: int = 64               # D, latent width; the preference's own width loses nothing (ours)
     hidden: int = 128           # units in the hidden layer of encoder and decoder (ours)
     beta: float = 0.05          # weight of the commitment loss (1711.00937v2 has 0.25; measured)
@@ -36,7 +36,7 @@ class VQConfig:
     kmeans_steps: int = 20      # Lloyd iterations of the initialization, per level (ours)
     lr: float = 3e-3            # Adam's learning rate for encoder and decoder (measured)
     batch: int = 256            # users per step (ours)
-    steps: int = 2000           # training steps (measured)
+    steps: int = 1000           # training steps (measured)
     rank_weight: float = 0.3    # weight of BPR on the reconstruction, added by the caller (measured)
 
     def __post_init__(self) -> None:
