@@ -26,6 +26,12 @@ PAD, BOS, EOS = 0, 1, 2     # special tokens: no text encodes to them
 FIRST_MERGE = 3 + 256       # ids: 3 specials, 256 bytes, then one id per merge
 
 
+def _need(config: object, name: str, ok: bool, cure: str):
+    """ValueError that names a setting, its value and the cure, unless it is ok."""
+    if not ok:
+        raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)}: need {cure}")
+
+
 @dataclass(frozen=True)
 class TextConfig:
     layers: int = 4               # transformer blocks
@@ -43,23 +49,14 @@ class TextConfig:
     steps: int = 800              # optimizer steps
 
     def __post_init__(self):
-        for field in fields(self):
-            if not math.isfinite(getattr(self, field.name)):
-                raise ValueError(f"TextConfig.{field.name}={getattr(self, field.name)}: need a finite number")
-        for name in ("layers", "width", "heads", "context", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 1")
-        for name in ("guidance", "temperature", "lr", "weight_decay", "steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"TextConfig.{name}={getattr(self, name)}: need {name} >= 0")
-        if self.width % self.heads:
-            raise ValueError(f"TextConfig.heads={self.heads}: need a divisor of width={self.width}")
-        if self.vocab_size <= EOS + 1:
-            raise ValueError(f"TextConfig.vocab_size={self.vocab_size}: need vocab_size > {EOS + 1}")
-        if not 0 <= self.null_rate < 1:
-            raise ValueError(f"TextConfig.null_rate={self.null_rate}: need 0 <= null_rate < 1")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"TextConfig.top_p={self.top_p}: need 0 < top_p <= 1")
+        for name, value in vars(self).items():
+            low = 1 if name in ("layers", "width", "heads", "context", "batch") else 0
+            _need(self, name, math.isfinite(value), "a finite number")
+            _need(self, name, value >= low, f"{name} >= {low}")
+        _need(self, "heads", self.width % self.heads == 0, f"a divisor of width={self.width}")
+        _need(self, "vocab_size", self.vocab_size > EOS + 1, f"vocab_size > {EOS + 1}")
+        _need(self, "null_rate", self.null_rate < 1, "0 <= null_rate < 1")
+        _need(self, "top_p", 0 < self.top_p <= 1, "0 < top_p <= 1")
 
 
 # Tokenizer --------------------------------------------------------------------------------------------------
@@ -495,20 +492,15 @@ class ImageConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            floor = 1 if isinstance(field.default, int) else -math.inf if field.name == "time_mean" else 0
-            if not math.isfinite(value) or value < floor:
-                raise ValueError(f"ImageConfig.{field.name}={value}: need a finite {field.name} >= {floor}")
+            name, value = field.name, getattr(self, field.name)
+            low = 1 if isinstance(field.default, int) else -math.inf if name == "time_mean" else 0
+            _need(self, name, math.isfinite(value) and value >= low, f"a finite {name} >= {low}")
         for name, unit in (("size", 8), ("ae_width", 16), ("width", 8)):
-            if getattr(self, name) % unit:
-                raise ValueError(f"ImageConfig.{name}={getattr(self, name)}: need a multiple of {unit}")
-        if 2 * self.width % self.heads:
-            raise ValueError(f"ImageConfig.heads={self.heads}: need a divisor of 2 width = {2 * self.width}")
+            _need(self, name, getattr(self, name) % unit == 0, f"a multiple of {unit}")
+        _need(self, "heads", 2 * self.width % self.heads == 0, f"a divisor of 2 width = {2 * self.width}")
         for name in ("null_rate", "ema"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"ImageConfig.{name}={getattr(self, name)}: need 0 <= {name} < 1")
-        if self.eta > 1:
-            raise ValueError(f"ImageConfig.eta={self.eta}: need 0 <= eta <= 1")
+            _need(self, name, getattr(self, name) < 1, f"0 <= {name} < 1")
+        _need(self, "eta", self.eta <= 1, "0 <= eta <= 1")
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
