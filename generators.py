@@ -193,6 +193,58 @@ class Tokenizer:
         return cls([(left, right) for left, right in state.tolist()])
 
 
+# Condition --------------------------------------------------------------------------------------------------
+
+def _check_ids(name: str, ids: Tensor, low: int, high: int, bound: str) -> None:
+    """ValueError unless low <= ids < high. CPU only: elsewhere it is a host sync, and kernels assert it."""
+    if ids.device.type == "cpu" and ids.numel():
+        least, most = torch.aminmax(ids)
+        if least < low or most >= high:
+            raise ValueError(f"{name} holds ids in [{int(least)}, {int(most)}]: need "
+                             f"{low} <= id < {high} = {bound}")
+
+
+class Conditioned(nn.Module):
+    """What both generators are told, as vectors: prompt words and a user's preference tokens.
+
+    `preference`, row level * K + code, is the table of preference tokens, all that REINFORCE changes; `null`
+    (M, D) stands in for -1: unpersonalized. A prompt is a set: words carry no position, and 0 is padding.
+
+    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one is < 1."""
+
+    def __init__(self, width: int, n_words: int, levels: int, codes: int):
+        super().__init__()
+        if min(n_words, levels, codes) < 1:
+            raise ValueError(f"{type(self).__name__}: n_words={n_words}, levels={levels}, codes={codes}: need each >= 1")
+        self.levels, self.codes = levels, codes
+        self.words = nn.Embedding(n_words + 1, width)
+        self.preference = nn.Embedding(levels * codes, width)
+        self.null = nn.Parameter(torch.empty(levels, width))
+
+    def embed(self, prompt: Tensor, prefs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Word vectors (B, P, D), preference vectors (B, M, D), and which of both are no padding (B, P + M) bool.
+        prompt (B, P), prefs (B, M) int64 or None: all null. Raises ValueError on a wrong shape or, on the CPU, an
+        id out of range."""
+        name = type(self).__name__
+        _check_ids(f"{name}: prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
+        tastes = self.null.expand(len(prompt), -1, -1)                      # (B, M, D)
+        if prefs is not None:
+            if prefs.shape != tastes.shape[:2]:
+                raise ValueError(f"{name}: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: "
+                                 f"need (B, M) = {tuple(tastes.shape[:2])}")
+            _check_ids(f"{name}: prefs", prefs, -1, self.codes, "codes")
+            row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
+            tastes = torch.where(prefs[..., None] < 0, tastes, self.preference(row))
+        return self.words(prompt), tastes, F.pad(prompt != 0, (0, self.levels), value=True)
+
+
+def drop_preferences(prefs: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """prefs (B, M) with all tokens of a row null (-1) at probability `rate`, so that one generator learns both
+    branches of guidance (Ho & Salimans 2207.12598v1, Algorithm 1)."""
+    drop = torch.rand(len(prefs), 1, generator=generator, device=prefs.device) < rate
+    return prefs.masked_fill(drop, -1)
+
+
 # Decoder ----------------------------------------------------------------------------------------------------
 
 IS_INTEL = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -209,15 +261,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     picture = x.reshape(batch, 1, length, width).permute(0, 3, 1, 2)        # (B, D, 1, T)
     return F.conv2d(picture, weight[:, :, None, None]).permute(0, 2, 3, 1)[:, 0]
-
-
-def _check_ids(name: str, ids: Tensor, low: int, high: int, bound: str) -> None:
-    """ValueError unless low <= ids < high. CPU only: elsewhere it is a host sync, and kernels assert it."""
-    if ids.device.type == "cpu" and ids.numel():
-        least, most = torch.aminmax(ids)
-        if least < low or most >= high:
-            raise ValueError(f"{name} holds ids in [{int(least)}, {int(most)}]: need "
-                             f"{low} <= id < {high} = {bound}")
 
 
 class Block(nn.Module):
@@ -257,26 +300,17 @@ class Cache(NamedTuple):
     n_prefix: int       # P + M
 
 
-class TextDecoder(nn.Module):
+class TextDecoder(Conditioned):
     """GPT-style decoder p(y | prompt words, preference tokens); the condition is a prefix of the sequence:
 
         [c_1 .. c_P ; k_1 .. k_M ; BOS y_1 .. y_T-1]  ->  logits of y_1 .. y_T
 
     The prefix sees all of itself (a prefix language model, 1910.10683v4 Sec. 3.2.1), text sees the prefix and
-    the text before it. A prompt is a set: words carry no position; order and padding (0) move no logit.
-    `preference`, row level * K + code, is the table of preference tokens, all that REINFORCE changes; `null`
-    (M, D) stands in for -1: unpersonalized. Input and output embedding are one matrix (1608.05859v3).
-
-    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one is < 1."""
+    the text before it. Input and output embedding are one matrix (1608.05859v3)."""
 
     def __init__(self, cfg: TextConfig, n_words: int, levels: int, codes: int):
-        super().__init__()
-        if min(n_words, levels, codes) < 1:
-            raise ValueError(f"TextDecoder: n_words={n_words}, levels={levels}, codes={codes}: need all >= 1")
-        self.cfg, self.levels, self.codes = cfg, levels, codes
-        self.words = nn.Embedding(n_words + 1, cfg.width)
-        self.preference = nn.Embedding(levels * codes, cfg.width)
-        self.null = nn.Parameter(torch.empty(levels, cfg.width))
+        super().__init__(cfg.width, n_words, levels, codes)
+        self.cfg = cfg
         self.tokens = nn.Embedding(cfg.vocab_size, cfg.width)
         self.position = nn.Parameter(torch.empty(cfg.context, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.layers))
@@ -285,22 +319,6 @@ class TextDecoder(nn.Module):
             if parameter.ndim == 2:     # GPT-2's: 0.02 and, into the residual stream, 0.02 / sqrt(2 layers)
                 residual = name.endswith(("project.weight", "contract.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.layers) if residual else 0.02)
-
-    def prefix(self, prompt: Tensor, prefs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x (B, P + M, D), present (B, P + M) bool: all but padding) of prompt (B, P), prefs (B, M) or None.
-
-        Raises ValueError on a wrong shape or, on the CPU, an id out of range."""
-        _check_ids("TextDecoder: prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
-        tastes = self.null.expand(len(prompt), -1, -1)                      # (B, M, D)
-        if prefs is not None:
-            if prefs.shape != tastes.shape[:2]:
-                raise ValueError(f"TextDecoder: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: "
-                                 f"need (B, M) = {tuple(tastes.shape[:2])}")
-            _check_ids("TextDecoder: prefs", prefs, -1, self.codes, "codes")
-            row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
-            tastes = torch.where(prefs[..., None] < 0, tastes, self.preference(row))
-        present = F.pad(prompt != 0, (0, self.levels), value=True)          # (B, P + M)
-        return torch.cat([self.words(prompt), tastes], dim=1), present
 
     def forward(self, tokens: Tensor, prompt: Tensor, prefs: Tensor | None) -> Tensor:
         """Logits (B, T, V) of y_1..y_T for tokens (B, T) = y_1..y_T, prompt (B, P), prefs (B, M), all int64.
@@ -315,10 +333,10 @@ class TextDecoder(nn.Module):
             raise ValueError(f"TextDecoder: tokens {tuple(tokens.shape)}, prompt {tuple(prompt.shape)}: need "
                              "one prompt a text")
         _check_ids("TextDecoder: tokens", tokens, 0, self.cfg.vocab_size, "TextConfig.vocab_size")
-        x, present = self.prefix(prompt, prefs)
-        n_prefix = x.shape[1]
+        words, tastes, present = self.embed(prompt, prefs)
+        n_prefix = present.shape[1]
         before = F.pad(tokens, (1, 0), value=BOS)[:, :length]               # (B, T)  BOS y_1 .. y_T-1
-        x = torch.cat([x, self.tokens(before) + self.position[:length]], dim=1)         # (B, P + M + T, D)
+        x = torch.cat([words, tastes, self.tokens(before) + self.position[:length]], dim=1)     # (B, P + M + T, D)
         visible = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         visible[:, :n_prefix] = True                                        # (queries, keys)
         visible = visible & F.pad(present, (0, length), value=True)[:, None, None]  # (B, 1, queries, keys)
@@ -335,7 +353,8 @@ class TextDecoder(nn.Module):
 
     def start(self, prompt: Tensor, prefs: Tensor, length: int) -> Cache:
         """A cache for texts of `length` tokens at most, holding the prefix: prompt (B, P), prefs (B, M)."""
-        x, present = self.prefix(prompt, prefs)
+        words, tastes, present = self.embed(prompt, prefs)
+        x = torch.cat([words, tastes], dim=1)
         batch, n_prefix, width = x.shape
         memory = x.new_empty(len(self.blocks), batch, 2, n_prefix + length, width // self.cfg.heads)
         for block, layer in zip(self.blocks, memory):
@@ -351,18 +370,16 @@ class TextDecoder(nn.Module):
         return linear(self.norm(x), self.tokens.weight)[:, 0]
 
 
-def drop_preferences(prefs: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """prefs (B, M) with all tokens of a row null (-1) at probability `rate`, so that one decoder learns both
-    branches of guidance (Ho & Salimans 2207.12598v1, Algorithm 1)."""
-    drop = torch.rand(len(prefs), 1, generator=generator, device=prefs.device) < rate
-    return prefs.masked_fill(drop, -1)
-
-
 # Sampling ---------------------------------------------------------------------------------------------------
 
 class Sampled(NamedTuple):
     tokens: Tensor      # (B, T) int64: text, EOS, PAD ...
     log_prob: Tensor    # (B,)   nats, summed over the sampled tokens, EOS included
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Sums and log-probabilities want fp32, whatever autocast gave; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
@@ -385,7 +402,7 @@ def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, te
         raise ValueError(f"sampling_logits: temperature={temperature}, top_p={top_p}: need temperature >= 0 "
                          "and 0 < top_p <= 1")
     null = cond if null is None else null
-    cond, null = (x[..., EOS:].to(torch.promote_types(x.dtype, torch.float32)) for x in (cond, null))
+    cond, null = (_at_least_fp32(x[..., EOS:]) for x in (cond, null))
     scores = torch.lerp(null, cond, guidance)
     if top_p < 1:
         # Beyond w = 1 guidance amplifies the noise in the logits of tokens that neither branch believes in:
@@ -410,7 +427,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
 
     T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
     generator lives on prompt's device and advances by the same amount whatever is sampled. Raises ValueError
-    if max_len is outside [1, context], and as sampling_logits and TextDecoder.prefix do."""
+    if max_len is outside [1, context], and as sampling_logits and Conditioned.embed do."""
     batch, context = len(prompt), decoder.cfg.context
     max_len = context if max_len is None else max_len
     if not 1 <= max_len <= context:
@@ -626,24 +643,15 @@ def time_features(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class Denoiser(nn.Module):
+class Denoiser(Conditioned):
     """Conditional U-Net v(z_t, t, prompt words, preference tokens) on latents: two resolutions; the condition
-    enters twice: pooled, with the time, by FiLM everywhere, and token by token by attention at the lower one.
-
-    `preference`, row level * K + code, is the table of preference tokens, all that REINFORCE changes; `null`
-    (M, D) stands in for -1: unpersonalized. A prompt is a set of words, 0 its padding, as in TextDecoder.
-
-    n_words: prompt words have ids 1..n_words; levels, codes: M, K. Raises ValueError if one is < 1."""
+    enters twice: pooled, with the time, by FiLM everywhere, and token by token by attention at the lower one."""
 
     def __init__(self, cfg: ImageConfig, n_words: int, levels: int, codes: int):
-        super().__init__()
-        if min(n_words, levels, codes) < 1:
-            raise ValueError(f"Denoiser: n_words={n_words}, levels={levels}, codes={codes}: need each >= 1")
         w, d = cfg.width, 2 * cfg.width
-        self.cfg, self.levels, self.codes = cfg, levels, codes
-        self.words = nn.Embedding(n_words + 1, d)
-        self.preference = nn.Embedding(levels * codes, d)
-        self.null = nn.Parameter(torch.randn(levels, d))
+        super().__init__(d, n_words, levels, codes)
+        self.cfg = cfg
+        nn.init.normal_(self.null)
         self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
         self.pool = nn.Linear((1 + levels) * d, d)
         self.conv_in = nn.Conv2d(cfg.latent, w, 3, padding=1)
@@ -659,19 +667,12 @@ class Denoiser(nn.Module):
 
     def condition(self, prompt: Tensor, prefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Condition tokens (B, P + M, D), which of them are present (B, P + M) bool, and them pooled (B, D).
-        prompt (B, P), prefs (B, M) int64. Raises ValueError on a wrong shape or, on the CPU, an id out of range."""
-        if prefs.shape != (len(prompt), self.levels):
-            raise ValueError(f"Denoiser: prefs {tuple(prefs.shape)} for prompt {tuple(prompt.shape)}: need "
-                             f"(B, M) = {(len(prompt), self.levels)}")
-        _check_ids("Denoiser: prompt", prompt, 0, self.words.num_embeddings, "n_words + 1")
-        _check_ids("Denoiser: prefs", prefs, -1, self.codes, "codes")
-        row = prefs.clamp(min=0) + self.codes * torch.arange(self.levels, device=prefs.device)  # (B, M)
-        tastes = torch.where(prefs[..., None] < 0, self.null, self.preference(row))     # (B, M, D)
+        prompt (B, P), prefs (B, M) int64. Raises ValueError as Conditioned.embed does."""
+        words, tastes, present = self.embed(prompt, prefs)
         written = prompt != 0                                                           # (B, P)
-        words = self.words(prompt) * written[..., None]                                 # (B, P, D)
+        words = words * written[..., None]                                              # (B, P, D)
         topic = words.sum(1) / written.sum(1, keepdim=True).clamp(min=1)                # (B, D)
         pooled = self.pool(torch.cat([topic, tastes.flatten(1)], dim=1))
-        present = F.pad(written, (0, self.levels), value=True)
         return torch.cat([words, tastes], dim=1), present, pooled
 
     def forward(self, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor) -> Tensor:
@@ -727,11 +728,6 @@ def ddim_step(z: Tensor, v: Tensor, t: Tensor, s: Tensor, eta: float) -> tuple[T
     std = eta * sigma_s / sigma * (1 - (alpha / alpha_s).square()).clamp(min=0).sqrt()
     clean, eps = alpha * z - sigma * v, sigma * z + alpha * v
     return alpha_s * clean + (sigma_s.square() - std.square()).clamp(min=0).sqrt() * eps, std
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Sums and log-probabilities want fp32, whatever autocast gave; fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor,

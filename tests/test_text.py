@@ -567,7 +567,7 @@ def test_decoder_errors_name_the_tensor_both_sizes_and_the_cure():
             ((F.pad(tokens, (0, 1)), prompt, prefs), "text of 7 tokens but TextConfig.context=6; cut it")):
         with pytest.raises(ValueError, match=message):
             decoder(*bad)
-    with pytest.raises(ValueError, match="levels=0, codes=3: need all >= 1"):
+    with pytest.raises(ValueError, match="levels=0, codes=3: need each >= 1"):
         TextDecoder(TextConfig(), 5, 0, 3)
     for max_len in (0, 7):
         with pytest.raises(ValueError, match=f"max_len={max_len}: need 1 <= max_len <= TextConfig.context=6"):
