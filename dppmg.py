@@ -54,7 +54,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from generators import (EOS, PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
-                        sample_latents, sample_text, text_distribution, transition)
+                        sample_latents, sample_text, table_as, text_distribution, transition)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
                     pair_reward, reinforce_loss)
@@ -783,17 +783,6 @@ class DPPMG(nn.Module):
         super().to(*args, **kwargs)
         self.graph = self.graph.to(self.preference_image.device)
         return self
-
-
-@contextlib.contextmanager
-def table_as(generator: TextDecoder | Denoiser, table: Tensor):
-    """Within the block, the generator's preference-token table holds `table` (the starting tokens, for the KL)."""
-    weight = generator.preference.weight
-    current, weight.data = weight.data, table
-    try:
-        yield
-    finally:
-        weight.data = current
 
 
 def to_picture(x: Tensor) -> Image.Image:

@@ -9,6 +9,7 @@
 Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length, V vocabulary, D width, C channels of the
 latent, H picture side, h = H / 4, S diffusion steps."""
 
+import contextlib
 import heapq
 import math
 import re
@@ -784,6 +785,31 @@ def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
     times = sampling_times(steps, chain)
     v = guided_v(denoiser, chain[k], times[k], prompt, prefs, guidance)
     return ddim_step(chain[k], v, times[k], times[k + 1], eta)
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
+    matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+
+
+def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
+    """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
+    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
+
+
+@contextlib.contextmanager
+def table_as(generator: TextDecoder | Denoiser, table: Tensor):
+    """Within the block, the generator's preference-token table holds `table` (the starting tokens, for the KL)."""
+    weight = generator.preference.weight
+    current, weight.data = weight.data, table
+    try:
+        yield
+    finally:
+        weight.data = current
 
 
 @torch.no_grad()

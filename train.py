@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG, OneLineParser,
-                   flag_of, pick_device, read_checkpoint, replacing, settings, table_as, to_picture)
-from generators import Tokenizer, ema_update
+                   flag_of, pick_device, read_checkpoint, replacing, settings, to_picture)
+from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, table_as
 from gnn import bpr_loss, build_graph, ranking_metrics, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
                     judge_measures, swap_share, taste, token_optimizer)
@@ -357,18 +357,6 @@ class Run:
             self.seconds[stage] = [before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu]
 
 
-def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
-    matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
-
-
-def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
-    """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
-    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
-
-
 def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable[[torch.Generator], dict[str, Tensor]],
         schedule: Callable[[float], float] = ramp, after: Callable[[int], None] | None = None, every: int = 50,
         clip: float = 1.0):
@@ -516,8 +504,7 @@ def liked_batch(run: Run, modality: str, n: int, null_rate: float, generator) ->
     """n training interactions: items (n,), their prompts (n, P), the users' tokens (n, M), null at null_rate."""
     user, item = run.liked[:, draw(run.liked.shape[1], n, generator)]
     prefs = getattr(run.model, f"tokens_{modality}")[user]
-    drop = torch.rand(n, 1, generator=generator, device=run.device) < null_rate
-    return item, run.prompt[item], prefs.masked_fill(drop, -1)
+    return item, run.prompt[item], drop_preferences(prefs, null_rate, generator)
 
 
 def validation(run: Run, modality: str, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
