@@ -42,7 +42,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -381,11 +380,6 @@ class Dataset:
     time: Tensor | None             # (R,) float64, the earliest of the pair, in the data's unit
     part: Tensor                    # (R,) int8, TRAIN, VALID or TEST
     notices: list[str]              # what was repaired or ignored, a line each
-
-    @cached_property
-    def word_index(self) -> dict[str, int]:
-        """Position of each phrase in `words`."""
-        return {word: n for n, word in enumerate(self.words)}
 
     def pairs(self, part: int) -> tuple[Tensor, Tensor]:
         """(user, item) of the interactions in TRAIN, VALID or TEST."""

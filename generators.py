@@ -239,6 +239,17 @@ class Conditioned(nn.Module):
         return self.words(prompt), tastes, F.pad(prompt != 0, (0, self.levels), value=True)
 
 
+@contextlib.contextmanager
+def table_as(generator: Conditioned, table: Tensor):
+    """Within the block, the generator's preference-token table holds `table` (the starting tokens, for the KL)."""
+    weight = generator.preference.weight
+    current, weight.data = weight.data, table
+    try:
+        yield
+    finally:
+        weight.data = current
+
+
 def drop_preferences(prefs: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
     """prefs (B, M) with all tokens of a row null (-1) at probability `rate`, so that one generator learns both
     branches of guidance (Ho & Salimans 2207.12598v1, Algorithm 1)."""
@@ -799,17 +810,6 @@ def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.opti
 def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
     """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
     return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
-
-
-@contextlib.contextmanager
-def table_as(generator: TextDecoder | Denoiser, table: Tensor):
-    """Within the block, the generator's preference-token table holds `table` (the starting tokens, for the KL)."""
-    weight = generator.preference.weight
-    current, weight.data = weight.data, table
-    try:
-        yield
-    finally:
-        weight.data = current
 
 
 @torch.no_grad()

@@ -289,7 +289,6 @@ def test_a_plain_folder_loads_as_it_is_written(folder):
     assert data.texts == ["one fish", "two cats", "three dogs", "four owls"]
     assert data.prompts == [("fish",), ("cat",), ("dog",), ("owl",)]
     assert data.words == ["cat", "dog", "fish", "owl"]
-    assert data.word_index == {"cat": 0, "dog": 1, "fish": 2, "owl": 3}
     assert data.user.tolist() == [0, 0, 0, 1, 1, 1] and data.item.tolist() == [0, 1, 2] * 2
     assert data.time.tolist() == [0, 1, 2] * 2 and data.time.dtype == torch.float64
     assert data.part.tolist() == [TRAIN, VALID, TEST] * 2 and data.part.dtype == torch.int8
