@@ -286,9 +286,10 @@ class Run:
         tokens, self.n_cut = tokenizer.encode_batch(data.texts, cfg.text.context)
         self.tokens, self.images = tokens.to(device), data.images.to(device)                # (I, T), (I, 3, H, H) uint8
         self.prompt = model.catalogue.encode_prompts(data.prompts).to(device)               # (I, P)
-        self.liked = torch.stack(data.pairs(TRAIN)).to(device)                              # (2, E) users, items
+        self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)           # (W, P) distinct, (I,) which
+        self.liked = self.pairs(TRAIN)                                                      # (2, E)
         self.users, self.seen = (x.unique() for x in self.liked)                            # who and what is trained on
-        n_test = len(data.pairs(TEST)[0].unique())
+        n_test = len(self.pairs(TEST)[0].unique())
         if n_test < 3 or len(self.seen) < 4:
             raise ValueError(f"{data.name}: {n_test} users to test on (need 3), {len(self.seen)} items to learn from (need 4): "
                              "need more interactions")
@@ -297,6 +298,10 @@ class Run:
     def model(self) -> DPPMG:
         """The method."""
         return self.modules["model"]
+
+    def pairs(self, part: int) -> Tensor:
+        """Users and items (2, R) of a part of the interactions, on the device."""
+        return torch.stack(self.data.pairs(part)).to(self.device)
 
     def generator(self, stage: str, step: int = 0) -> torch.Generator:
         """The randomness of one step of one stage: a function of the seed, the stage and the step."""
@@ -448,14 +453,14 @@ def train_gnn(run: Run) -> str:
         return {"loss": model.gnn.loss(model.graph, *sample_triplets(model.graph, cfg.batch, generator, cfg.candidates))}
     fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
     with torch.no_grad():
-        run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked.cpu(), torch.stack(run.data.pairs(TEST)))
+        run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked, run.pairs(TEST))
     return f"recall@20 {run.metrics['stage1']['recall@20']:.4f}"
 
 
 def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], known: Tensor, test: Tensor) -> dict[str, float]:
     """Recall@20 and NDCG@20 of test (user, item) (2, R), of all items but the known and, in training, the validation items;
     by rows[m] = users' preferences (U, D) and items (I, D), summed over the modalities, and each alone."""
-    before = torch.cat([known, torch.stack(run.data.pairs(VALID))], 1)
+    before = torch.cat([known, run.pairs(VALID)], 1)
     graphs = [build_graph(*x, len(run.data.user_ids), len(run.data.item_ids)).to(run.device) for x in (before, test)]
     found = {}
     for name, chosen in {"": MODALITIES, "_image": ("image",), "_text": ("text",)}.items():
@@ -495,7 +500,7 @@ def train_codebook(run: Run) -> str:
         quantized[m] = unit * p.norm(dim=1, keepdim=True), e
         kept = explained(p[run.users], unit[run.users].detach())
         run.metrics["codebook"][m] = codebook_health(codes, cfg.codes) | {"explained": kept}
-    recall = rank(run, quantized, run.liked.cpu(), torch.stack(run.data.pairs(TEST)))["recall@20"]
+    recall = rank(run, quantized, run.liked, run.pairs(TEST))["recall@20"]
     run.metrics["stage1"]["recall@20_quantized"] = recall
     return f"recall@20 from tokens {recall:.4f}"
 
@@ -509,7 +514,7 @@ def liked_batch(run: Run, modality: str, n: int, null_rate: float, generator) ->
 
 def validation(run: Run, modality: str, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     """As liked_batch: the first n interactions of the validation part, or of training where there is none."""
-    pairs = torch.stack(run.data.pairs(VALID)).to(run.device)
+    pairs = run.pairs(VALID)
     user, item = (pairs if pairs.shape[1] else run.liked)[:, :n]
     return item, run.prompt[item], getattr(run.model, f"tokens_{modality}")[user]
 
@@ -586,10 +591,9 @@ def train_referee(run: Run) -> str:
         return {"loss": net.loss(pictures[row], values[row], generator)}
     fit(run, adamw(net, 2e-3), cfg.referee_steps, losses)
     pictures, values = (x.to(run.device) for x in draw_batch(1000, np.random.default_rng([seed, 4])))
-    read = {"referee": in_batches(net.read, pictures), "autoencoder": in_batches(
-        lambda x: net.read(F.interpolate(autoencoder.decode(autoencoder.encode(F.interpolate(x, run.images.shape[2:])))
-                                         , (SIDE, SIDE), mode="area")), pictures)}
-    for name, found in read.items():
+    seen = in_batches(lambda x: autoencoder.decode(autoencoder.encode(F.interpolate(x, run.images.shape[2:]))), pictures)
+    for name, shown in {"referee": pictures, "autoencoder": seen}.items():
+        found = in_batches(net.read, shown)
         run.metrics[name] = dict(zip(SEEN, (found == values).double().mean(0).tolist()))
     return "right on fresh stickers: " + ", ".join(f"{n} {share:.1%}" for n, share in run.metrics["referee"].items())
 
@@ -641,7 +645,7 @@ class Pairs(NamedTuple):
 
 def draw_pairs(run: Run, part: int, n: int) -> Pairs:
     """At most n interactions of a part of the data, at random, each with another user of the training."""
-    user, item = torch.stack(run.data.pairs(part)).to(run.device)
+    user, item = run.pairs(part)
     generator = run.generator(f"pairs {part}")
     rows = torch.randperm(len(user), generator=generator, device=run.device)[:n]
     place = torch.searchsorted(run.users, user[rows]) + 1 + draw(len(run.users) - 1, len(rows), generator)
@@ -653,8 +657,7 @@ def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> tu
     real: the items, and other items with the same prompt (the same item where there is no other)."""
     model, prompt = run.model, run.prompt[pairs.item]
     if variant == "real":
-        group = torch.unique(run.prompt, dim=0, return_inverse=True)[1]                     # (I,)
-        order, count, own = group.argsort(stable=True), group.bincount(), group[pairs.item]
+        order, count, own = run.topic.argsort(stable=True), run.topic.bincount(), run.topic[pairs.item]
         place = draw(2**62, len(own), generator) % count[own]
         return contents(run, pairs.item), contents(run, order[(count.cumsum(0) - count)[own] + place])
     if variant == "unpersonalized":
@@ -697,9 +700,8 @@ def measures(run: Run, pairs: Pairs, own: Content, other: Content) -> dict[str, 
     if run.world:
         found, others = (exact_measures(run, pairs.user, pairs.item, content) for content in (own, other))
         found |= {f"swap_{m}": swap_share(found[f"utility_{m}"], others[f"utility_{m}"]) for m in MODALITIES}
-    prompts, index = torch.unique(run.prompt, dim=0, return_inverse=True)
     likes = {m: x[pairs.user] for m, x in judge_likes(run).items()}
-    found |= judge_measures(run.modules["judge"], own, other, likes, prompts, index[pairs.item])
+    found |= judge_measures(run.modules["judge"], own, other, likes, run.prompts, run.topic[pairs.item])
     known = {run.data.texts[i] for i in run.seen.tolist()}
     found["copied"] = torch.tensor([t in known for t in run.model.tokenizer.decode_batch(own.tokens)])
     return {name: value.double().cpu() for name, value in found.items()}
@@ -863,9 +865,8 @@ def report_codes(run: Run) -> str:
 
 def shown_prompts(run: Run, n: int) -> Tensor:
     """An item for each of the n commonest prompts."""
-    group = torch.unique(run.prompt, dim=0, return_inverse=True)[1]
-    common = group.bincount().argsort(descending=True, stable=True)[:n, None]               # (n, 1)
-    return (group == common).int().argmax(1)
+    common = run.topic.bincount().argsort(descending=True, stable=True)[:n, None]           # (n, 1)
+    return (run.topic == common).int().argmax(1)
 
 
 def report_grid(run: Run, users: Tensor) -> str:
