@@ -59,7 +59,8 @@ from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_
                     pair_reward, reinforce_loss)
 from vq import ResidualVQVAE, VQConfig
 
-TRAIN, VALID, TEST = 0, 1, 2
+TRAIN, VALID, TEST = 0, 1, 2               # parts of the interactions
+NEW = 3                                    # part of those of users who are kept out of all training
 SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of a picture, in lower or upper case
 MAX_VALUE = 2**20                          # characters in one CSV value; the csv module's own limit is 2^17
 MAX_ID = 250                               # bytes of an id: file systems allow 255 in a name, ".jpeg" takes 5
@@ -421,6 +422,20 @@ class Dataset:
                    found.notices)
 
 
+def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
+    """Put a share of the users, at random, into part NEW; of those, in the order of time: history and test (user, item) (2, E)."""
+    time = torch.arange(len(data.user)) if data.time is None else data.time
+    order = time.argsort(stable=True)
+    order = order[data.user[order].argsort(stable=True)]            # (R,)  by user, then time, then row
+    able = (data.user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
+    able = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))]
+    new = able[:min(int(share * len(data.user_ids)), len(able) - 2)]
+    order = order[torch.isin(data.user[order], new)]
+    rows = {name: order[data.part[order] == part] for name, part in (("history", TRAIN), ("test", TEST))}
+    data.part[order] = NEW
+    return {name: torch.stack([data.user[row], data.item[row]]) for name, row in rows.items()}
+
+
 # ---- settings ----------------------------------------------------------------------------------------------
 
 MODALITIES = ("image", "text")
@@ -563,10 +578,15 @@ class DPPMG(nn.Module):
     @torch.no_grad()
     def update_preferences(self):
         """Write what the graph network and the quantizer have learnt into preference_m (U, D) and tokens_m (U, L)."""
+        self.set_preferences({m: user for m, (user, _) in self.gnn(self.graph).items()}, slice(None))
+
+    @torch.no_grad()
+    def set_preferences(self, preference: dict[str, Tensor], user: Tensor | slice):
+        """Of these users (B,), or all: take over the rows of preference[m] (U, D), and quantize them."""
         self.quantizer.eval()
-        for m, (user, _) in self.gnn(self.graph).items():
-            getattr(self, f"preference_{m}").copy_(user)
-            getattr(self, f"tokens_{m}").copy_(self.quantizer[m].encode(user))
+        for m, rows in preference.items():
+            getattr(self, f"preference_{m}")[user] = rows[user]
+            getattr(self, f"tokens_{m}")[user] = self.quantizer[m].encode(rows[user])
 
     def decode_tokens(self, modality: str) -> Tensor:
         """What each user's tokens stand for: (U, D), about unit length."""

@@ -435,3 +435,11 @@ def ranking_metrics(user_emb, item_emb, seen: Graph, test: Graph, k: int = 20, c
     n_test, recall, ndcg = torch.cat(parts, dim=1)                              # (U,) each
     user = torch.nonzero(n_test).squeeze(1)
     return Ranking(user, recall[user], ndcg[user])
+
+
+def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20) -> dict[str, float]:
+    """{"recall@k", "ndcg@k"} of the scores summed over the modalities and {"recall@k_m"} of each alone, means over users.
+    rows: m -> (users (U, D), items (I, D)), as ModalGNN.forward gives them; the graphs, errors as of ranking_metrics."""
+    both = ranking_metrics(*({m: pair[side] for m, pair in rows.items()} for side in (0, 1)), seen, test, k)
+    alone = {f"recall@{k}_{m}": ranking_metrics(*pair, seen, test, k).recall.mean().item() for m, pair in rows.items()}
+    return {f"recall@{k}": both.recall.mean().item(), f"ndcg@{k}": both.ndcg.mean().item()} | alone

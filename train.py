@@ -43,10 +43,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG, OneLineParser,
-                   flag_of, pick_device, read_checkpoint, replacing, settings, to_picture)
+from dppmg import (FORMAT, MODALITIES, NEW, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
+                   OneLineParser, flag_of, hold_out_users, pick_device, read_checkpoint, replacing, settings, to_picture)
 from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, table_as
-from gnn import bpr_loss, build_graph, ranking_metrics, sample_triplets
+from gnn import bpr_loss, build_graph, ranking_summary, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
                     judge_measures, swap_share, taste, token_optimizer)
 from vq import code_lift, codebook_health, explained, linear_probe
@@ -241,25 +241,8 @@ def read_text(text: str) -> tuple[int, int, int]:
 
 # ---- a run: stages that can be killed and resumed -------------------------------------------------------------------
 
-NEW = 3         # part of the interactions of users who are kept out of all training
-
-
 class Diverged(RuntimeError):
     """A loss, gradient or parameter is not finite; says which, in which stage and step."""
-
-
-def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
-    """Put a share of the users, at random, into part NEW; of those, in the order of time: history and test (user, item)."""
-    user, order = data.user, np.lexsort((data.time if data.time is not None else np.arange(len(data.user)), data.user))
-    order = torch.from_numpy(order)
-    able = (user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
-    able = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))]
-    held = torch.zeros(len(data.user_ids), dtype=torch.bool)
-    held[able[:min(int(share * len(data.user_ids)), len(able) - 2)]] = True
-    user, item, part = user[order], data.item[order], data.part[order]
-    rows = {"history": held[user] & (part == TRAIN), "test": held[user] & (part == TEST)}
-    data.part[held[data.user]] = NEW
-    return {name: torch.stack([user[mask], item[mask]]) for name, mask in rows.items()}
 
 
 class Run:
@@ -458,17 +441,10 @@ def train_gnn(run: Run) -> str:
 
 
 def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], known: Tensor, test: Tensor) -> dict[str, float]:
-    """Recall@20 and NDCG@20 of test (user, item) (2, R), of all items but the known and, in training, the validation items;
-    by rows[m] = users' preferences (U, D) and items (I, D), summed over the modalities, and each alone."""
+    """Recall@20 and NDCG@20 of test (user, item) (2, R), of all items but the known (2, E) and the validation items."""
     before = torch.cat([known, run.pairs(VALID)], 1)
     graphs = [build_graph(*x, len(run.data.user_ids), len(run.data.item_ids)).to(run.device) for x in (before, test)]
-    found = {}
-    for name, chosen in {"": MODALITIES, "_image": ("image",), "_text": ("text",)}.items():
-        ranking = ranking_metrics(*({m: rows[m][side] for m in chosen} for side in (0, 1)), *graphs, k=20)
-        found[f"recall@20{name}"] = ranking.recall.mean().item()
-        if not name:
-            found["ndcg@20"] = ranking.ndcg.mean().item()
-    return found
+    return ranking_summary(rows, *graphs)
 
 
 def train_codebook(run: Run) -> str:
@@ -743,10 +719,11 @@ def probe(run: Run) -> dict[str, dict[str, float]]:
 def evaluate_new_users(run: Run) -> dict[str, dict]:
     """Users kept out of all training, folded in from their first k interactions: recall@20 and, on stickers, the utility of what
     is generated for the prompts of their test items; beside the same for users in training."""
-    (user, item), test, model, found = run.new["history"], run.new["test"].to(run.device), run.model, {}
+    history, test, model, n_users = run.new["history"], run.new["test"], run.model, len(run.data.user_ids)
     if not test.shape[1]:
-        return found
-    nth = torch.arange(len(user)) - torch.searchsorted(user, user)          # the user's n-th interaction; users ascend
+        return {}
+    found, nth = {}, torch.arange(history.shape[1]) - torch.searchsorted(history[0], history[0])    # users ascend
+    history, test = history.to(run.device), test.to(run.device)
     with torch.no_grad():
         rows = model.gnn(model.graph)
 
@@ -755,15 +732,13 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         found = exact_measures(run, user, item, content)
         return {n: interval(found[n], user) for n in ("utility_image", "utility_text", "consistency")}
     for k in (1, 2, 5, 10, 20):
-        first = torch.stack([user[nth < k], item[nth < k]]).to(run.device)
-        p = model.fold_in_preferences(*first, len(run.data.user_ids))
-        found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first.cpu(), test.cpu())
+        first = history[:, nth.to(run.device) < k]
+        p = model.fold_in_preferences(*first, n_users)
+        found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first, test)
         if run.world:
             found[str(k)] |= utility(*test, {m: model.quantizer[m].encode(p[m])[test[0]] for m in MODALITIES})
-    p, new = model.fold_in_preferences(user.to(run.device), item.to(run.device), len(run.data.user_ids)), test[0].unique()
-    for m in MODALITIES:        # from now on they can be generated for like all others
-        getattr(model, f"preference_{m}")[new] = p[m][new]
-        getattr(model, f"tokens_{m}")[new] = model.quantizer[m].encode(p[m][new])
+    # from now on they can be generated for like all others
+    model.set_preferences(model.fold_in_preferences(*history, n_users), test[0].unique())
     found["in training"] = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
     if run.world:
         pairs = draw_pairs(run, TEST, test.shape[1])
