@@ -232,15 +232,6 @@ def _parse_time(value: str) -> float:
     return time if math.isfinite(time) else math.nan
 
 
-def _first_of_pairs(pair: Tensor, time: Tensor) -> Tensor:
-    """Rows (ascending) of the earliest of each pair's interactions, the first if several are."""
-    order = time.argsort(stable=True)
-    order = order[pair[order].argsort(stable=True)]                 # (R,)  by pair, then time, then row
-    is_first = torch.ones(len(pair), dtype=torch.bool)
-    is_first[1:] = pair[order][1:] != pair[order][:-1]
-    return order[is_first].sort().values
-
-
 def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
     """interactions.csv as user ids, user (R,), item (R,) int64, time (R,) float64 or None; each pair once."""
     file, users, index, unknown = "interactions.csv", {}, dict(zip(items, range(len(items)))), set()
@@ -259,15 +250,18 @@ def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
         elif what not in unknown and "items.csv" not in found.broken:       # if it is, nearly all are
             unknown.add(what)
             found.error(f"{file}:{line}: item {_show(what)} is not in items.csv: add it, or drop the row")
-    user, item, time = (torch.from_numpy(np.array(column)) for column in (user, item, time))
-    keep = _first_of_pairs(user * len(items) + item, time)
+    user, item, time = (np.array(column) for column in (user, item, time))
+    pair = user * len(items) + item
+    order = np.lexsort((time, pair))                                # (R,)  by pair, then time, then row
+    keep = np.sort(order[np.unique(pair[order], return_index=True)[1]])     # the earliest of each pair
     if len(users) < 2 and file not in found.broken:
         found.error(f"{file}: {len(users)} users below the header: need at least 2")
-    elif not found.errors and user[keep].bincount().max() < 3:
+    elif not found.errors and np.bincount(user[keep]).max() < 3:
         found.error(f"{file}: no user has 3 different items: nothing can be held out to test on")
     found.notice(len(user) - len(keep), f"{file}: {{n}} repeated interactions merged, the earliest kept")
     found.notice(stamp is None, f"{file}: no timestamps: split by a seeded shuffle")
-    return list(users), user[keep], item[keep], None if stamp is None else time[keep]
+    user, item, time = (torch.from_numpy(column[keep]) for column in (user, item, time))
+    return list(users), user, item, None if stamp is None else time
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -424,9 +418,8 @@ class Dataset:
 
 def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
     """Put a share of the users, at random, into part NEW; of those, in the order of time: history and test (user, item) (2, E)."""
-    time = torch.arange(len(data.user)) if data.time is None else data.time
-    order = time.argsort(stable=True)
-    order = order[data.user[order].argsort(stable=True)]            # (R,)  by user, then time, then row
+    time = np.arange(len(data.user)) if data.time is None else data.time
+    order = torch.from_numpy(np.lexsort((time, data.user)))         # (R,)  by user, then time, then row
     able = (data.user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
     able = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))]
     new = able[:min(int(share * len(data.user_ids)), len(able) - 2)]
@@ -465,13 +458,14 @@ class Config:
     reward: RewardConfig = RewardConfig()
 
     def __post_init__(self):
-        if self.reward.rounds and not (self.image.eta and self.text.temperature):       # else noticed only after all training
-            raise ValueError(f"ImageConfig.eta={self.image.eta}, TextConfig.temperature={self.text.temperature}: the reward needs "
-                             "both > 0, samples that have a density; or set RewardConfig.rounds=0")
+        eta, temperature = self.image.eta, self.text.temperature
+        if self.reward.rounds and not (eta and temperature):        # else noticed only after all training
+            raise ValueError(f"ImageConfig.eta={eta}, TextConfig.temperature={temperature}: the reward needs both > 0, samples "
+                             "that have a density; or set RewardConfig.rounds=0")
 
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
-        """The Config whose asdict() this is. Raises ValueError on an unknown or missing setting, TypeError on an ill-typed one."""
+        """The Config whose asdict() this is. Raises ValueError on an unknown or missing setting, TypeError on an ill-typed."""
         parts = {}
         for group in fields(cls):
             part, given = type(group.default), values.get(group.name)

@@ -256,7 +256,8 @@ class Run:
         self.done, self.stage, self.step, self.optimizer_state = [], "", 0, None
         self.log, self.metrics, self.seconds, self.tables = [], {}, {}, {}
         self.saved_at, self.interrupted, self.busy = time.monotonic(), False, False
-        self.new = hold_out_users(data, train.new_users, cfg.method.seed)
+        new = hold_out_users(data, train.new_users, cfg.method.seed)
+        self.new = {name: pairs.to(device) for name, pairs in new.items()}                  # (2, E) each
         tokenizer = Tokenizer.train(data.texts, cfg.text.vocab_size)
         torch.manual_seed(cfg.method.seed)
         model = DPPMG(cfg, Catalogue.of(data, tokenizer))
@@ -722,8 +723,8 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
     history, test, model, n_users = run.new["history"], run.new["test"], run.model, len(run.data.user_ids)
     if not test.shape[1]:
         return {}
-    found, nth = {}, torch.arange(history.shape[1]) - torch.searchsorted(history[0], history[0])    # users ascend
-    history, test = history.to(run.device), test.to(run.device)
+    found, order = {}, torch.arange(history.shape[1], device=run.device)
+    nth = order - torch.searchsorted(history[0], history[0])        # of its user's history; users ascend
     with torch.no_grad():
         rows = model.gnn(model.graph)
 
@@ -732,7 +733,7 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         found = exact_measures(run, user, item, content)
         return {n: interval(found[n], user) for n in ("utility_image", "utility_text", "consistency")}
     for k in (1, 2, 5, 10, 20):
-        first = history[:, nth.to(run.device) < k]
+        first = history[:, nth < k]
         p = model.fold_in_preferences(*first, n_users)
         found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first, test)
         if run.world:
