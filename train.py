@@ -753,8 +753,9 @@ STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:76em;margin:2em au
 table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .6em;text-align:left;vertical-align:top}
 thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}small{color:#666}
 img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}svg{margin:.3em}
-figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
-.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px}section{border-top:1px solid #ddd;margin-top:1em}"""
+figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}
+figcaption{font-size:12px;overflow-wrap:anywhere}section{border-top:1px solid #ddd;margin-top:1em}
+.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px}"""
 INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
 
 
@@ -763,7 +764,8 @@ def picture(x: Tensor, text: str = "", note: str = "") -> str:
     data = io.BytesIO()
     to_picture(x).save(data, "PNG")
     image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
-    return f"<figure>{image}<figcaption>{html.escape(text)}<br><small>{html.escape(note)}</small></figcaption></figure>" if text else image
+    caption = f"{html.escape(text)}<br><small>{html.escape(note)}</small>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>" if text else image
 
 
 def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
@@ -772,14 +774,18 @@ def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
     if len(points) < 2:
         return ""
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    lines = ""
+
+    def words(x: int, y: int, text: str | float, style: str = "") -> str:
+        return f'<text x="{x}" y="{y}"{style}>{html.escape(text if isinstance(text, str) else f"{text:.3g}")}</text>'
+    body = [words(34, 12, title, ' font-weight="bold"'), '<path d="M34 20V120H284" stroke="#999" fill="none"/>',
+            words(0, 24, y1), words(0, 120, y0), words(34, 134, x0), words(262, 134, x1)]
     for n, (name, line) in enumerate(series.items()):
-        path = " ".join(f"{34 + 250 * (x - x0) / ((x1 - x0) or 1):.1f},{120 - 100 * (y - y0) / ((y1 - y0) or 1):.1f}" for x, y in line)
-        lines += (f'<polyline points="{path}" fill="none" stroke="{INKS[n % 6]}" stroke-width="1.5"/><text x="292" y="{26 + 15 * n}" '
-                  f'fill="{INKS[n % 6]}">{html.escape(name)} {line[-1][1]:.3g}</text>')
-    return (f'<svg width="500" height="140" font-size="11"><text x="34" y="12" font-weight="bold">{html.escape(title)}</text>'
-            f'<path d="M34 20V120H284" stroke="#999" fill="none"/><text x="0" y="24">{y1:.3g}</text><text x="0" y="120">{y0:.3g}</text>'
-            f'<text x="34" y="134">{x0:.3g}</text><text x="262" y="134">{x1:.3g}</text>{lines}</svg>')
+        ink = INKS[n % len(INKS)]
+        places = [(34 + 250 * (x - x0) / ((x1 - x0) or 1), 120 - 100 * (y - y0) / ((y1 - y0) or 1)) for x, y in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        body += [f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="1.5"/>',
+                 words(292, 26 + 15 * n, f"{name} {line[-1][1]:.3g}", f' fill="{ink}"')]
+    return f'<svg width="500" height="140" font-size="11">{"".join(body)}</svg>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -826,7 +832,8 @@ def report_codes(run: Run) -> str:
     if run.world:
         words = [{f"{a} {ATTRIBUTES[a][v]}" for a, v in zip(ATTRIBUTES, values)} for values in run.world.items]
     else:
-        words = [set(re.findall(r"\w+", f"{text} {' '.join(p)}".casefold())) for text, p in zip(run.data.texts, run.data.prompts)]
+        texts = [f"{text} {' '.join(phrases)}".casefold() for text, phrases in zip(run.data.texts, run.data.prompts)]
+        words = [set(re.findall(r"\w+", text)) for text in texts]
     common = Counter(word for has in words for word in has)
     names = sorted(word for word, n in common.items() if n >= max(2, len(words) // 200))
     traits = torch.tensor([[word in has for word in names] for has in words])               # (I, W)
@@ -836,7 +843,8 @@ def report_codes(run: Run) -> str:
         lift = code_lift(getattr(run.model, f"tokens_{m}").cpu()[users, 0], shares, run.cfg.vq.codes)   # (K, W)
         for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):
             rows.append([m, str(code), ", ".join(f"{names[i]} (+{v:.1f})" for v, i in zip(value, place.tolist()) if v > 1)])
-    return f"<h2>What each code of the first level means</h2>{table(['modality', 'code', 'liked above average (standard errors)'], rows)}"
+    head = ["modality", "code", "liked above average (standard errors)"]
+    return f"<h2>What each code of the first level means</h2>{table(head, rows)}"
 
 
 def shown_prompts(run: Run, n: int) -> Tensor:
@@ -859,12 +867,13 @@ def report_grid(run: Run, users: Tensor) -> str:
             f'<table class="grid"><tr><th></th>{head}</tr>{rows}</table>')
 
 
-def report_user(run: Run, user: int) -> str:
+def report_user(run: Run, user: Tensor) -> str:
     """History, tokens, and what was generated before and after the reward, with the reward's parts."""
     model, data, prompts = run.model, run.data, shown_prompts(run, 3)
-    history = "".join(picture(to_float(data.images[i]), data.texts[i]) for i in run.liked[1, run.liked[0] == user][:8].tolist())
-    tokens = "; ".join(f"{m} {' '.join(map(str, getattr(model, f'tokens_{m}')[user].tolist()))}" for m in MODALITIES)
-    who, made = torch.full_like(prompts, user), []
+    liked = run.liked[1, run.liked[0] == user][:8].tolist()
+    history = "".join(picture(to_float(data.images[i]), data.texts[i]) for i in liked)
+    tokens = "; ".join(f"{m} {' '.join(map(str, k.tolist()))}" for m, k in model.user_tokens(user).items())
+    who, made = user.expand(len(prompts)), []
     for variant in ("before_reward", "after_reward"):
         own, _ = make(run, variant, Pairs(who, prompts, who), run.generator(f"report {user}"))
         with torch.no_grad():
@@ -885,7 +894,7 @@ def write_report(run: Run):
     users, name = candidates[order[:12]].to(run.device), html.escape(run.data.name)
     body = (f"<h1>DPPMG on {name}</h1><p>seed {run.cfg.method.seed}, {run.device}, {len(run.data.user_ids):,} users, "
             f"{len(run.data.item_ids):,} items</p>" + report_grid(run, users[:8]) + report_numbers(run) + report_curves(run)
-            + report_codes(run) + "<h2>A dozen users</h2>" + "".join(report_user(run, u) for u in users.tolist()))
+            + report_codes(run) + "<h2>A dozen users</h2>" + "".join(report_user(run, u) for u in users))
     write_page(run.out / "report.html", f"DPPMG on {name}", body)
 
 
@@ -940,61 +949,61 @@ RATIOS = ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (1.0, 0.0)
 BITS = ((1, 32), (2, 32), (3, 32), (4, 32), (4, 64))                                        # levels, codes
 
 
-def fork(run: Run, cfg: Config, out: Path, name: str) -> Run:
-    """A run with other settings that starts with the stages which `name` shares; every tensor that fits is taken over."""
-    new = Run(cfg, dataclasses.replace(run.train, new_users=0), run.data, run.world, out, run.device)
+def fork(run: Run, study: str, name: str, **parts) -> Run:
+    """A run with other settings that starts with the stages which the study shares; every tensor that fits is taken over."""
+    cfg, train = dataclasses.replace(run.cfg, **parts), dataclasses.replace(run.train, new_users=0)
+    new = Run(cfg, train, run.data, run.world, run.out / name, run.device)
     new.out.mkdir(exist_ok=True)
     mine, theirs = new.modules.state_dict(), run.modules.state_dict()
     new.modules.load_state_dict({k: theirs[k] if k in theirs and theirs[k].shape == v.shape else v for k, v in mine.items()})
-    new.done, new.metrics, new.new = list(SHARED[name]), copy.deepcopy(run.metrics), run.new
-    new.restore(out / "checkpoint.pt")
+    new.done, new.metrics, new.new = list(SHARED[study]), copy.deepcopy(run.metrics), run.new
+    new.restore(new.out / "checkpoint.pt")
     return new
 
 
-def study_rows(run: Run, name: str):
+def study_rows(run: Run, study: str):
     """Yields the label and the forked, not yet trained run of each row, and the stages that it still needs."""
-    cfg = run.cfg
-    if name == "pareto":
+    reward, vq = run.cfg.reward, run.cfg.vq
+    if study == "pareto":
         yield "no reward", run, ()
         for p, c in RATIOS:
-            new = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, lambda_p=p, lambda_c=c))
-            yield f"{p:g} : {c:g}", fork(run, new, run.out / f"ratio-{p:g}-{c:g}", name), ("reward",)
+            weights = dataclasses.replace(reward, lambda_p=p, lambda_c=c)
+            yield f"{p:g} : {c:g}", fork(run, study, f"ratio-{p:g}-{c:g}", reward=weights), ("reward",)
         return
     for levels, codes in BITS:
-        vq = dataclasses.replace(cfg.vq, levels=levels, codes=codes)
-        yield (f"{levels} x {math.log2(codes):g} = {levels * math.log2(codes):g}",
-               fork(run, dataclasses.replace(cfg, vq=vq), run.out / f"bits-{levels}-{codes}", name), ("codebook", "text", "image"))
-    vq = dataclasses.replace(cfg.vq, levels=1, codes=len(run.data.user_ids))
-    raw = fork(run, dataclasses.replace(cfg, vq=vq), run.out / "raw", name)
+        row = fork(run, study, f"bits-{levels}-{codes}", vq=dataclasses.replace(vq, levels=levels, codes=codes))
+        yield f"{levels} x {math.log2(codes):g} = {levels * math.log2(codes):g}", row, ("codebook", "text", "image")
+    raw = fork(run, study, "raw", vq=dataclasses.replace(vq, levels=1, codes=len(run.data.user_ids)))
     if not (raw.out / "checkpoint.pt").exists():        # else it has been restored, tables trained and all
         raw.model.use_raw_preferences()
-    yield f"raw vector = {32 * cfg.gnn.dim}", raw, ("text", "image")
+    yield f"raw vector = {32 * run.cfg.gnn.dim}", raw, ("text", "image")
 
 
-def run_study(run: Run, name: str):
+def run_study(run: Run, study: str):
     """Train what the rows share, then each row; study.json and study.html: a table and a curve of the trade-off."""
-    train_all(run, SHARED[name])
+    train_all(run, SHARED[study])
     rows = []
-    for label, row, stages in study_rows(run, name):
-        tqdm.write(f"-- {name}: {label}")
+    for label, row, stages in study_rows(run, study):
+        tqdm.write(f"-- {study}: {label}")
         train_all(row, stages)
-        pairs = draw_pairs(row, TEST, row.train.pairs)
+        pairs, stage1 = draw_pairs(row, TEST, row.train.pairs), row.metrics["stage1"]
         found = measures(row, pairs, *make(row, "after_reward", pairs, row.generator("evaluation")))
-        rows.append({"row": label, "recall@20": row.metrics["stage1"]["recall@20"]} | (
-            {"recall@20_quantized": row.metrics["stage1"].get("recall@20_quantized", math.nan)} if "codebook" in stages else {})
-            | {n: interval(v, pairs.user) for n, v in found.items()})
-    kind = "" if run.world else "judge_"
-    what = [f"{kind}{'utility' if run.world else 'swap'}_{m}" for m in MODALITIES]
-    keys = ["row", "recall@20", "recall@20_quantized", *what, f"{kind}consistency", f"{kind}prompt_image", f"{kind}prompt_text"]
-    cells = [[row.get(k, row["recall@20"]) for k in keys] for row in rows]
-    across = [row[keys[5]]["mean"] if name == "pareto" else n for n, row in enumerate(rows)]
-    lines = {w: sorted(zip(across, (row[w]["mean"] for row in rows))) for w in what}
+        recall = {"recall@20": stage1["recall@20"]}         # of raw preferences also that of what is not quantized
+        recall["recall@20_quantized"] = stage1.get("recall@20_quantized", recall["recall@20"])
+        rows.append({"row": label} | recall | {n: interval(v, pairs.user) for n, v in found.items()})
+    liking, kind = ("utility", "") if run.world else ("judge_swap", "judge_")
+    liking, consistency = [f"{liking}_{m}" for m in MODALITIES], f"{kind}consistency"
+    keys = ["row", *recall, *liking, consistency, *(f"{kind}prompt_{m}" for m in MODALITIES)]
+    cells = [[row.get(key, "") for key in keys] for row in rows]
+    across = [row[consistency]["mean"] if study == "pareto" else n for n, row in enumerate(rows)]
+    lines = {name: sorted(zip(across, (row[name]["mean"] for row in rows))) for name in liking}
     with replacing(run.out / "study.json") as path:
         path.write_text(json.dumps(rows, indent=1))
-    title = f"Study {name} on {html.escape(run.data.name)}, seed {run.cfg.method.seed}"
-    axis = f"over {keys[5]}" if name == "pareto" else "over the rows of the table"
+    title = f"Study {study} on {html.escape(run.data.name)}, seed {run.cfg.method.seed}"
+    axis = f"over {consistency}" if study == "pareto" else "over the rows of the table"
     write_page(run.out / "study.html", title, f"<h1>{title}</h1>" + table(keys, cells) + curves(axis, lines))
-    tqdm.write("\n".join("  ".join(f"{c['mean']:.3f}" if isinstance(c, dict) else str(c)[:22] for c in row) for row in [keys, *cells]))
+    for row in [keys, *cells]:
+        tqdm.write("  ".join(f"{c['mean']:.3f}" if isinstance(c, dict) else str(c)[:22] for c in row))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
