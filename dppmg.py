@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -41,7 +40,7 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -417,7 +416,7 @@ class Dataset:
 
 
 def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
-    """Put a share of the users, at random, into part NEW; of those, in the order of time: history and test (user, item) (2, E)."""
+    """Put a share of the users, at random, into part NEW. Their history and test (user, item) (2, E), in the order of time."""
     time = np.arange(len(data.user)) if data.time is None else data.time
     order = torch.from_numpy(np.lexsort((time, data.user)))         # (R,)  by user, then time, then row
     able = (data.user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
@@ -476,7 +475,7 @@ class Config:
         return cls(**parts)
 
 
-def settings(parts: dict[str, type]) -> list[tuple[str, str, dataclasses.Field, str]]:
+def settings(parts: dict[str, type]) -> list[tuple[str, str, Field, str]]:
     """(group, name, field, help) of every setting of the dataclasses; the help is the comment behind it in the source."""
     found = []
     for group, part in parts.items():
@@ -554,12 +553,10 @@ class DPPMG(nn.Module):
         self.autoencoder = Autoencoder(cfg.image)
         self.image_features = LatentPCA(cfg.image.latent, side, cfg.method.image_features)
         self.text_features = TfidfSVD(vocab, cfg.method.text_features)
-        features = {"image": torch.zeros(n_items, cfg.method.image_features),
-                    "text": torch.zeros(n_items, cfg.method.text_features)}
+        features = {m: torch.zeros(n_items, getattr(cfg.method, f"{m}_features")) for m in MODALITIES}
         self.gnn = ModalGNN(n_users, n_items, features, cfg.gnn)
         self.quantizer = nn.ModuleDict({m: ResidualVQVAE(cfg.gnn.dim, cfg.vq) for m in MODALITIES})
-        text = dataclasses.replace(cfg.text, vocab_size=vocab)
-        self.text = TextDecoder(text, n_words, cfg.vq.levels, cfg.vq.codes)
+        self.text = TextDecoder(replace(cfg.text, vocab_size=vocab), n_words, cfg.vq.levels, cfg.vq.codes)
         self.image = Denoiser(cfg.image, n_words, cfg.vq.levels, cfg.vq.codes)
         self.scorer = Scorer(cfg.reward, vocab, n_words)
         for m in MODALITIES:
@@ -570,15 +567,11 @@ class DPPMG(nn.Module):
     # stage 1
 
     @torch.no_grad()
-    def update_preferences(self):
-        """Write what the graph network and the quantizer have learnt into preference_m (U, D) and tokens_m (U, L)."""
-        self.set_preferences({m: user for m, (user, _) in self.gnn(self.graph).items()}, slice(None))
-
-    @torch.no_grad()
-    def set_preferences(self, preference: dict[str, Tensor], user: Tensor | slice):
-        """Of these users (B,), or all: take over the rows of preference[m] (U, D), and quantize them."""
+    def update_preferences(self, preference: dict[str, Tensor] | None = None, user: Tensor | slice = slice(None)):
+        """Take over these users' rows (B,), or all, of preference[m] (U, D), and quantize them: preference_m (U, D), tokens_m
+        (U, L). None: what the graph network has learnt."""
         self.quantizer.eval()
-        for m, rows in preference.items():
+        for m, rows in (preference or {m: rows for m, (rows, _) in self.gnn(self.graph).items()}).items():
             getattr(self, f"preference_{m}")[user] = rows[user]
             getattr(self, f"tokens_{m}")[user] = self.quantizer[m].encode(rows[user])
 

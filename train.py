@@ -18,7 +18,6 @@ import base64
 import contextlib
 import copy
 import csv
-import dataclasses
 import hashlib
 import html
 import io
@@ -32,7 +31,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +66,9 @@ class TrainConfig:
         low = dict(items=16, users=4, interactions=10, referee_pictures=16, referee_steps=1, pairs=2)
         high = dict(interactions=self.items // 2, new_users=0.5)
         for name, value in vars(self).items():
-            if not low.get(name, 0) <= value <= high.get(name, sys.maxsize):
-                raise ValueError(f"TrainConfig.{name}={value}: need {low.get(name, 0)} <= {name} <= {high.get(name, sys.maxsize)}")
+            least, most = low.get(name, 0), high.get(name, sys.maxsize)
+            if not least <= value <= most:
+                raise ValueError(f"TrainConfig.{name}={value}: need {least} <= {name} <= {most}")
 
 
 # ---- stickers: data whose tastes are known --------------------------------------------------------------------------
@@ -410,8 +410,9 @@ def train_autoencoder(run: Run) -> str:
     cfg, net = run.cfg.image, run.model.autoencoder
 
     def losses(generator):
+        item = run.seen[draw(len(run.seen), cfg.batch, generator)]
         with run.model.half():
-            return {"loss": net.loss(to_float(run.images[run.seen[draw(len(run.seen), cfg.batch, generator)]]), cfg.kl, generator)}
+            return {"loss": net.loss(to_float(run.images[item]), cfg.kl, generator)}
     fit(run, adamw(net, cfg.ae_lr, cfg.weight_decay), cfg.ae_steps, losses)
     net.standardize(in_batches(net.encode, to_float(run.images[run.seen])))
     x = to_float(run.images[run.seen[:512]])
@@ -485,15 +486,18 @@ def train_codebook(run: Run) -> str:
 def liked_batch(run: Run, modality: str, n: int, null_rate: float, generator) -> tuple[Tensor, Tensor, Tensor]:
     """n training interactions: items (n,), their prompts (n, P), the users' tokens (n, M), null at null_rate."""
     user, item = run.liked[:, draw(run.liked.shape[1], n, generator)]
-    prefs = getattr(run.model, f"tokens_{modality}")[user]
-    return item, run.prompt[item], drop_preferences(prefs, null_rate, generator)
+    prefs = drop_preferences(run.model.user_tokens(user)[modality], null_rate, generator)
+    return item, run.prompt[item], prefs
 
 
-def validation(run: Run, modality: str, n: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """As liked_batch: the first n interactions of the validation part, or of training where there is none."""
+def validate(run: Run, modality: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], n: int = 512) -> float:
+    """Log the loss on the first n interactions of the validation part, or of training where there is none: items (n,), their
+    prompts (n, P), the users' tokens (n, M)."""
     pairs = run.pairs(VALID)
     user, item = (pairs if pairs.shape[1] else run.liked)[:, :n]
-    return item, run.prompt[item], getattr(run.model, f"tokens_{modality}")[user]
+    with torch.no_grad():
+        run.note(run.step, loss_validation=loss(item, run.prompt[item], run.model.user_tokens(user)[modality]))
+    return run.log[-1][-1]
 
 
 def train_text(run: Run) -> str:
@@ -504,10 +508,8 @@ def train_text(run: Run) -> str:
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
         return {"loss": net.loss(run.tokens[item], prompt, prefs)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses)
-    item, prompt, prefs = validation(run, "text")
-    with torch.no_grad():
-        run.note(cfg.steps, loss_validation=net.loss(run.tokens[item], prompt, prefs))
-    return f"validation loss {run.log[-1][-1]:.3f} nats per token"
+    loss = validate(run, "text", lambda item, prompt, prefs: net.loss(run.tokens[item], prompt, prefs))
+    return f"validation loss {loss:.3f} nats per token"
 
 
 def train_image(run: Run) -> str:
@@ -524,10 +526,9 @@ def train_image(run: Run) -> str:
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, lambda x: ramp(x, hold=0.5),
         lambda step: ema_update(average, net, cfg.ema, step))
     net.load_state_dict(average.state_dict())
-    item, prompt, prefs = validation(run, "image")
-    with torch.no_grad():
-        run.note(cfg.steps, loss_validation=net.loss(latents[item], prompt, prefs, run.generator("image validation")))
-    return f"validation loss {run.log[-1][-1]:.4f}"
+    chance = run.generator("image validation")
+    loss = validate(run, "image", lambda item, prompt, prefs: net.loss(latents[item], prompt, prefs, chance))
+    return f"validation loss {loss:.4f}"
 
 
 def scorer_items(run: Run) -> dict[str, Tensor]:
@@ -637,14 +638,12 @@ def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> tu
         order, count, own = run.topic.argsort(stable=True), run.topic.bincount(), run.topic[pairs.item]
         place = draw(2**62, len(own), generator) % count[own]
         return contents(run, pairs.item), contents(run, order[(count.cumsum(0) - count)[own] + place])
+    prefs = [model.user_tokens(user) for user in (pairs.user, pairs.other)]
     if variant == "unpersonalized":
-        null = {m: torch.full_like(model.tokens_image[pairs.user], -1) for m in MODALITIES}
-        return tuple(Content(*model.sample_pairs(prompt, null, generator)) for _ in range(2))
-    with contextlib.ExitStack() as stack:
-        for m in MODALITIES if variant == "before_reward" else ():
-            stack.enter_context(table_as(getattr(model, m), run.tables[m]))
-        return tuple(Content(*model.sample_pairs(prompt, model.user_tokens(user), generator))
-                     for user in (pairs.user, pairs.other))
+        prefs = [{m: torch.full_like(tokens, -1) for m, tokens in both.items()} for both in prefs]
+    tables = run.tables if variant == "before_reward" else {m: getattr(model, m).preference.weight.data for m in MODALITIES}
+    with table_as(model.image, tables["image"]), table_as(model.text, tables["text"]):
+        return tuple(Content(*model.sample_pairs(prompt, tokens, generator)) for tokens in prefs)
 
 
 def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
@@ -703,8 +702,8 @@ def evaluate(run: Run) -> str:
 
 
 def probe(run: Run) -> dict[str, dict[str, float]]:
-    """Stickers: accuracy with which a linear probe finds each user's favourite value of an attribute in the image tokens, in the
-    text tokens, in the shares of the values among the user's training items, and the share of the commonest favourite."""
+    """Stickers: accuracy with which a linear probe finds each user's favourite value of an attribute in the image tokens, in
+    the text tokens, in the shares of the values among the user's training items, and the commonest favourite's share."""
     user, item = run.liked.cpu()
     users, found = run.users.cpu(), {}
     for k, (attribute, values) in enumerate(ATTRIBUTES.items()):
@@ -718,8 +717,8 @@ def probe(run: Run) -> dict[str, dict[str, float]]:
 
 
 def evaluate_new_users(run: Run) -> dict[str, dict]:
-    """Users kept out of all training, folded in from their first k interactions: recall@20 and, on stickers, the utility of what
-    is generated for the prompts of their test items; beside the same for users in training."""
+    """Users kept out of all training, folded in from their first k interactions: recall@20 and, on stickers, the utility of
+    what is generated for the prompts of their test items; beside the same for users in training."""
     history, test, model, n_users = run.new["history"], run.new["test"], run.model, len(run.data.user_ids)
     if not test.shape[1]:
         return {}
@@ -739,7 +738,7 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         if run.world:
             found[str(k)] |= utility(*test, {m: model.quantizer[m].encode(p[m])[test[0]] for m in MODALITIES})
     # from now on they can be generated for like all others
-    model.set_preferences(model.fold_in_preferences(*history, n_users), test[0].unique())
+    model.update_preferences(model.fold_in_preferences(*history, n_users), test[0].unique())
     found["in training"] = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
     if run.world:
         pairs = draw_pairs(run, TEST, test.shape[1])
@@ -820,8 +819,8 @@ def report_curves(run: Run) -> str:
     for stage, step, name, value in run.log:
         lines.setdefault(stage, {}).setdefault(name, []).append((step, value))
     reward, body = lines.pop("reward", {}), "<h2>Reward</h2>"
-    for names in (("consistency", "valid_judge_consistency", "valid_consistency"), ("s_image", "s_text"), ("kl_image", "kl_text"),
-                  [f"valid_{k}_{m}" for k in ("utility", "prompt") for m in MODALITIES],
+    for names in (("consistency", "valid_judge_consistency", "valid_consistency"), ("s_image", "s_text"),
+                  ("kl_image", "kl_text"), [f"valid_{k}_{m}" for k in ("utility", "prompt") for m in MODALITIES],
                   [f"valid_judge_{k}_{m}" for k in ("swap", "prompt") for m in MODALITIES]):
         body += curves("over the rounds of the reward", {n: reward[n] for n in names if n in reward})
     return body + "<h2>Losses</h2>" + "".join(curves(stage, of) for stage, of in lines.items())
@@ -933,12 +932,12 @@ def finish(run: Run):
         write_report(run)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     wall, cpu = ({stage: round(t[k], 2) for stage, t in run.seconds.items()} for k in (0, 1))
-    found = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device), "threads": torch.get_num_threads(),
-             "seconds": wall | {"total": round(sum(wall.values()), 2)}, "peak_memory_mb": round(peak),
-             "cpu_seconds": cpu | {"total": round(sum(cpu.values()), 2)}} | run.metrics
+    wall["total"], cpu["total"] = (round(sum(times.values()), 2) for times in (wall, cpu))
+    found = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device),
+             "threads": torch.get_num_threads(), "seconds": wall, "peak_memory_mb": round(peak), "cpu_seconds": cpu} | run.metrics
     with replacing(run.out / "metrics.json") as path:
         path.write_text(json.dumps(found, indent=1))
-    tqdm.write(f"{'total':12} {found['seconds']['total']:7.1f} s   {run.out / 'report.html'}")
+    tqdm.write(f"{'total':12} {wall['total']:7.1f} s   {run.out / 'report.html'}")
 
 
 # ---- studies: runs that differ in one thing and share the stages before it ------------------------------------------
@@ -951,7 +950,7 @@ BITS = ((1, 32), (2, 32), (3, 32), (4, 32), (4, 64))                            
 
 def fork(run: Run, study: str, name: str, **parts) -> Run:
     """A run with other settings that starts with the stages which the study shares; every tensor that fits is taken over."""
-    cfg, train = dataclasses.replace(run.cfg, **parts), dataclasses.replace(run.train, new_users=0)
+    cfg, train = replace(run.cfg, **parts), replace(run.train, new_users=0)
     new = Run(cfg, train, run.data, run.world, run.out / name, run.device)
     new.out.mkdir(exist_ok=True)
     mine, theirs = new.modules.state_dict(), run.modules.state_dict()
@@ -967,13 +966,13 @@ def study_rows(run: Run, study: str):
     if study == "pareto":
         yield "no reward", run, ()
         for p, c in RATIOS:
-            weights = dataclasses.replace(reward, lambda_p=p, lambda_c=c)
+            weights = replace(reward, lambda_p=p, lambda_c=c)
             yield f"{p:g} : {c:g}", fork(run, study, f"ratio-{p:g}-{c:g}", reward=weights), ("reward",)
         return
     for levels, codes in BITS:
-        row = fork(run, study, f"bits-{levels}-{codes}", vq=dataclasses.replace(vq, levels=levels, codes=codes))
+        row = fork(run, study, f"bits-{levels}-{codes}", vq=replace(vq, levels=levels, codes=codes))
         yield f"{levels} x {math.log2(codes):g} = {levels * math.log2(codes):g}", row, ("codebook", "text", "image")
-    raw = fork(run, study, "raw", vq=dataclasses.replace(vq, levels=1, codes=len(run.data.user_ids)))
+    raw = fork(run, study, "raw", vq=replace(vq, levels=1, codes=len(run.data.user_ids)))
     if not (raw.out / "checkpoint.pt").exists():        # else it has been restored, tables trained and all
         raw.model.use_raw_preferences()
     yield f"raw vector = {32 * run.cfg.gnn.dim}", raw, ("text", "image")
@@ -1008,7 +1007,7 @@ def run_study(run: Run, study: str):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PARTS = {f.name: type(f.default) for f in dataclasses.fields(Config)} | {"train": TrainConfig}
+PARTS = {f.name: type(f.default) for f in fields(Config)} | {"train": TrainConfig}
 SMOKE = {"train": dict(items=160, users=40, interactions=12, referee_pictures=256, referee_steps=20, pairs=40, new_users=0.1),
          "gnn": dict(steps=30, batch=256), "vq": dict(steps=30, codes=8, levels=2, batch=32),
          "text": dict(steps=20, layers=2, width=32, heads=2, vocab_size=320),
@@ -1024,7 +1023,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser.add_argument("--out", help="folder of the run (runs/NAME, the first that is free)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest unfinished one")
     parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
-    parser.add_argument("--study", choices=SHARED, help="several runs side by side: pareto (reward weights), bits (codebook sizes)")
+    parser.add_argument("--study", choices=SHARED,
+                        help="several runs side by side: pareto (reward weights), bits (codebook sizes)")
     parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--width", type=int, help="shorthand for --text-width and --image-width")
     parser.add_argument("--layers", type=int, help="shorthand for --text-layers and --image-layers")
@@ -1034,18 +1034,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
                                    help=f"{text} ({field.default})".replace("%", "%%"))
     args, given = parser.parse_args(argv), {group: {} for group in PARTS}
     for key, value in vars(args).items():
-        if "." in key and value is not None:
-            given[key.split(".")[0]][key.split(".")[1]] = value
+        group, _, name = key.partition(".")
+        if name and value is not None:
+            given[group][name] = value
     for key in ("width", "layers"):
-        if getattr(args, key) is not None:
-            for m in MODALITIES:
-                given[m].setdefault(key, getattr(args, key))
+        for m in MODALITIES if getattr(args, key) is not None else ():
+            given[m].setdefault(key, getattr(args, key))
     return args, given
 
 
 def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     """A new run, or the unfinished one that is to go on. Raises ValueError or OSError where neither is possible."""
-    parts = {group: part(**((SMOKE.get(group, {}) if args.smoke else {}) | given[group])) for group, part in PARTS.items()}
+    small = SMOKE if args.smoke else {}
+    parts = {group: part(**small.get(group, {}) | given[group]) for group, part in PARTS.items()}
     asked = {"data": os.path.abspath(args.data) if args.data else None, "study": args.study,
              "settings": {name: asdict(part) for name, part in parts.items()}}
     out = find_out(args)
@@ -1107,7 +1108,8 @@ def same_settings(out: Path, asked: dict, args: argparse.Namespace, given: dict[
         if {name: asdict(part(**there["settings"][name])) for name, part in PARTS.items()} != there["settings"]:
             raise KeyError("a setting is missing")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{out}/config.json: not the settings of a run ({type(error).__name__}); choose another --out") from None
+        what = f"not the settings of a run ({type(error).__name__}); choose another --out"
+        raise ValueError(f"{out}/config.json: {what}") from None
     if differ:
         raise ValueError(f"--out {out}: holds a run with other settings ({', '.join(differ[:5])}); choose another --out")
     return there
