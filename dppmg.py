@@ -163,8 +163,7 @@ def _find_columns(header: list[str], file: str, need: tuple, may: tuple, found: 
 def _read_rows(root: Path, file: str, need: tuple, may: tuple, found: _Findings) -> Iterator[tuple]:
     """Yield (line on which a row starts, its values of the columns need + may), None for a missing column.
 
-    Rows that do not fit the header are reported and left out; a file that cannot be read on is reported too.
-    """
+    Rows that do not fit the header are reported and left out; a file that cannot be read on is reported too."""
     line, blank, limit = 1, 0, csv.field_size_limit(MAX_VALUE)      # the process's limit: put back below
     try:
         reader = csv.reader(_open_text(root, file, found), strict=True)
@@ -194,8 +193,7 @@ def _read_rows(root: Path, file: str, need: tuple, may: tuple, found: _Findings)
 def parse_prompt(prompt: str) -> tuple[str, ...]:
     """Phrases of a prompt: parted by commas, case folded, spaces evened, each once, in order.
 
-    "Comedy, film  noir,comedy" -> ("comedy", "film noir"); "fish" -> ("fish",); "" -> ().
-    """
+    "Comedy, film  noir,comedy" -> ("comedy", "film noir"); "fish" -> ("fish",); "" -> ()."""
     phrases = (" ".join(phrase.split()) for phrase in prompt.casefold().split(","))
     return tuple(dict.fromkeys(phrase for phrase in phrases if phrase))
 
@@ -223,12 +221,11 @@ def _read_items(root: Path, found: _Findings) -> tuple[dict[str, int], list[str]
 
 
 def _parse_time(value: str) -> float:
-    """The number that a timestamp is, NaN if it is no finite number."""
+    """The number that a timestamp is, NaN if it is none."""
     try:
-        time = float(value)
+        return float(value)
     except ValueError:
         return math.nan
-    return time if math.isfinite(time) else math.nan
 
 
 def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
@@ -241,7 +238,7 @@ def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
             if problem := _id_problem(who):
                 found.error(f"{file}:{line}: user {_show(who)} {problem}")
         seconds = 0.0 if stamp is None else _parse_time(stamp)
-        if seconds != seconds:
+        if not math.isfinite(seconds):
             cure = "write one in every row (seconds, say), or drop the column"
             found.error(f"{file}:{line}: timestamp {_show(stamp)} is not a finite number: {cure}")
         if what in index:
@@ -292,8 +289,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
     The whole picture is resized to the square (LANCZOS): nothing of it is lost except its proportions.
     Turned as its EXIF says; transparency on white; 16-bit grey scaled to 8; first frame of an animation.
-    Raises what Pillow does: OSError, SyntaxError, ValueError, DecompressionBombError and others.
-    """
+    Raises what Pillow does: OSError, SyntaxError, ValueError, DecompressionBombError and others."""
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
         file.draft("RGB", (2 * size, 2 * size))     # a large JPEG is decoded at a fraction of its size
         image = ImageOps.exif_transpose(file)
@@ -342,8 +338,7 @@ def split_by_time(user: Tensor, time: Tensor | None, seed: int) -> Tensor:
     all are train. Equal times, or all where there are none, are put in order by a shuffle from `seed`.
     user (R,) int64 >= 0; time (R,) any real dtype, not NaN, or None.
     Returns (R,) int8 of TRAIN, VALID, TEST.
-    Raises ValueError if user and time differ in shape.
-    """
+    Raises ValueError if user and time differ in shape."""
     if time is not None and time.shape != user.shape:
         raise ValueError(f"split_by_time: user is {tuple(user.shape)} but time is {tuple(time.shape)}; "
                          "need one time per interaction, or None")
@@ -392,8 +387,7 @@ class Dataset:
         """Read and check a folder in the format above; nothing is written, and nothing outside it is read.
 
         image_size: H, pixels; seed: of split_by_time.
-        Raises DataError with all that is wrong (file, line, value, cure); ValueError if image_size < 1.
-        """
+        Raises DataError with all that is wrong (file, line, value, cure); ValueError if image_size < 1."""
         if image_size < 1:
             raise ValueError(f"Dataset.load: image_size={image_size}: need image_size >= 1")
         if not os.path.isdir(folder):
