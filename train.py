@@ -171,6 +171,12 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     return World(items, tastes, rng.permuted(liked, axis=1))
 
 
+def write_csv(path: Path, header: list[str], rows: list[list]):
+    """A CSV file in UTF-8."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
 def write_stickers(folder: Path, world: World, seed: int):
     """The world as a data folder. items.csv also names the attributes, in columns that loading ignores."""
     rng = np.random.default_rng([seed, 2])
@@ -182,10 +188,8 @@ def write_stickers(folder: Path, world: World, seed: int):
             draw_sticker(*(value[a] for a in SEEN), rng).save(path, "PNG")
         rows.append([f"s{n:04d}", value["tone"].format(**value), *(value[a] for a in SEEN)])
     likes = [[f"u{u:03d}", f"s{i:04d}", t] for u, liked in enumerate(world.liked) for t, i in enumerate(liked)]
-    for name, header, lines in (("items", ["item", "text", "prompt", *SEEN[1:]], rows),
-                                ("interactions", ["user", "item", "timestamp"], likes)):
-        with replacing(folder / f"{name}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *lines])
+    write_csv(folder / "items.csv", ["item", "text", "prompt", *SEEN[1:]], rows)
+    write_csv(folder / "interactions.csv", ["user", "item", "timestamp"], likes)
 
 
 def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -240,6 +244,9 @@ def read_text(text: str) -> tuple[int, int, int]:
 
 
 # ---- a run: stages that can be killed and resumed -------------------------------------------------------------------
+
+KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables")     # of a Run in its checkpoint, beside the modules
+
 
 class Diverged(RuntimeError):
     """A loss, gradient or parameter is not finite; says which, in which stage and step."""
@@ -301,18 +308,15 @@ class Run:
         for name, value in self.modules.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise Diverged(f"stage {self.stage}, step {self.step}: {name} is not finite; the last good checkpoint is kept")
-        state = self.model.state() | {
-            "format": FORMAT, "train": asdict(self.train), "done": self.done, "stage": self.stage, "step": self.step,
-            "optimizer": optimizer.state_dict() if optimizer else None, "tables": self.tables, "log": self.log,
-            "others": {n: m.state_dict() for n, m in self.modules.items() if n != "model"}, "metrics": self.metrics,
-            "seconds": self.seconds, "torch": str(torch.__version__)}
+        state = self.model.state() | {name: getattr(self, name) for name in KEPT} | {
+            "format": FORMAT, "train": asdict(self.train), "optimizer": optimizer.state_dict() if optimizer else None,
+            "others": {n: m.state_dict() for n, m in self.modules.items() if n != "model"}, "torch": str(torch.__version__)}
         with replacing(self.out / "checkpoint.pt") as path:
             try:
                 torch.save(state, path)
             except RuntimeError as error:       # what torch makes of a full disk
                 raise OSError(f"{path}: cannot be written ({str(error)[:80]}): is the disk full?") from None
-        with replacing(self.out / "log.csv") as path, open(path, "w", newline="") as file:
-            csv.writer(file).writerows([["stage", "step", "name", "value"], *self.log])
+        write_csv(self.out / "log.csv", ["stage", "step", "name", "value"], self.log)
         self.saved_at = time.monotonic()
 
     def restore(self, path: Path):
@@ -324,9 +328,9 @@ class Run:
             self.model.load_state_dict(state["model"])
             for name, values in state["others"].items():
                 self.modules[name].load_state_dict(values)
-            self.done, self.stage, self.step = state["done"], state["stage"], state["step"]
-            self.optimizer_state, self.log, self.metrics = state["optimizer"], state["log"], state["metrics"]
-            self.seconds, self.tables = state["seconds"], {m: t.to(self.device) for m, t in state["tables"].items()}
+            for name in KEPT:
+                setattr(self, name, state[name])
+            self.optimizer_state, self.tables = state["optimizer"], {m: t.to(self.device) for m, t in self.tables.items()}
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]}); "
                                   "choose another --out") from None
@@ -539,14 +543,15 @@ def scorer_items(run: Run) -> dict[str, Tensor]:
 
 def train_scorer(run: Run) -> str:
     """The contrastive scorer of the reward; for the stage "judge", its twin with other items and another seed."""
-    cfg, (own, other) = run.cfg.reward, (("scorer", "judge") if run.stage == "scorer" else ("judge", "scorer"))
-    net, items = (run.model.scorer if own == "scorer" else run.modules["judge"]), scorer_items(run)
+    cfg, halves = run.cfg.reward, scorer_items(run)
+    net = run.modules["judge"] if run.stage == "judge" else run.model.scorer
+    own, other = halves[run.stage], halves["scorer" if run.stage == "judge" else "judge"]
 
     def losses(generator):
-        batch = items[own][draw(len(items[own]), min(cfg.scorer_batch, len(items[own])), generator)]
+        batch = own[draw(len(own), min(cfg.scorer_batch, len(own)), generator)]
         return {"loss": net.loss(to_float(run.images[batch]), run.tokens[batch], run.prompt[batch], generator)}
     fit(run, adamw(net, cfg.scorer_lr, 0.01), cfg.scorer_steps, losses)
-    found = embed(net, contents(run, items[other][:256]))
+    found = embed(net, contents(run, other[:256]))
     share = judge_consistency(found["image"], found["text"]).mean().item()
     run.note(cfg.scorer_steps, held_out_auc=share)
     return f"a picture finds its text before {share:.1%} of others, on items that it was not trained on"
@@ -1002,7 +1007,8 @@ def run_study(run: Run, study: str):
     axis = f"over {consistency}" if study == "pareto" else "over the rows of the table"
     write_page(run.out / "study.html", title, f"<h1>{title}</h1>" + table(keys, cells) + curves(axis, lines))
     for row in [keys, *cells]:
-        tqdm.write("  ".join(f"{c['mean']:.3f}" if isinstance(c, dict) else str(c)[:22] for c in row))
+        values = (cell["mean"] if isinstance(cell, dict) else cell for cell in row)
+        tqdm.write("  ".join(f"{value:.3f}" if isinstance(value, float) else value for value in values))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
