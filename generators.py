@@ -1,5 +1,6 @@
 """The two generators, given prompt words c and a user's preference tokens k: text by a GPT, pictures by latent diffusion.
 
+    c, k -> a vector for each word and token, a learnt one for k = null                     Conditioned
     p(y | c, k) = prod_t p(y_t | y_<t, c, k)                                                TextDecoder
     y_t ~ softmax((l(null) + w (l(k) - l(null))) / temperature), restricted to a nucleus    sampling_logits, sample_text
     picture <-> z_0                                                                         Autoencoder

@@ -192,8 +192,8 @@ def sample_triplets(graph: Graph, batch: int, generator: torch.Generator | None 
 # ------------------------------------------- features: functions of content, for what is generated too
 
 class LatentPCA(nn.Module):
-    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?), half of
-    its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
+    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?),
+    half of its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
     DEVIATION 14: the pooled half, relu of 512 fixed random 2 x 2 filters and their mean over the picture. Where things move
     about, no linear map of the latent finds their colour: a probe reads a sticker's from 64 components right in 79 %, from 64
     pooled ones in 99 %."""

@@ -938,8 +938,9 @@ def finish(run: Run):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     wall, cpu = ({stage: round(t[k], 2) for stage, t in run.seconds.items()} for k in (0, 1))
     wall["total"], cpu["total"] = (round(sum(times.values()), 2) for times in (wall, cpu))
-    found = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device),
-             "threads": torch.get_num_threads(), "seconds": wall, "peak_memory_mb": round(peak), "cpu_seconds": cpu} | run.metrics
+    machine = {"device": str(run.device), "threads": torch.get_num_threads()}
+    spent = {"seconds": wall, "peak_memory_mb": round(peak), "cpu_seconds": cpu}
+    found = {"dataset": run.data.name, "seed": run.cfg.method.seed} | machine | spent | run.metrics
     with replacing(run.out / "metrics.json") as path:
         path.write_text(json.dumps(found, indent=1))
     tqdm.write(f"{'total':12} {wall['total']:7.1f} s   {run.out / 'report.html'}")

@@ -520,6 +520,16 @@ def test_ranking_sums_the_score_of_modalities():
     assert_close(ranking_metrics(*halves, *graphs), ranking_metrics(user_emb, item_emb, *graphs))
 
 
+def test_ranking_summary_is_the_mean_over_users_of_all_modalities_and_of_each_alone():
+    user_emb, item_emb, seen, test = random_ranking(23, 30, 1000, seed=0)
+    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
+    rows = {"a": (user_emb[:, :1], item_emb[:, :1]), "b": (user_emb[:, 1:], item_emb[:, 1:])}
+    both, a, b = (ranking_metrics(*pair, *graphs, k=7) for pair in ((user_emb, item_emb), rows["a"], rows["b"]))
+    assert gnn.ranking_summary(rows, *graphs, k=7) == pytest.approx({
+        "recall@7": both.recall.mean().item(), "ndcg@7": both.ndcg.mean().item(),
+        "recall@7_a": a.recall.mean().item(), "recall@7_b": b.recall.mean().item()})
+
+
 @pytest.mark.parametrize("chunk", [{"chunk": 10}, {}])
 def test_ranking_memory_is_bounded_by_the_chunk(chunk):
     user_emb, item_emb, seen, test = random_ranking(300, 200, 1000, seed=0)
