@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from generators import (EOS, PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
+from generators import (PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
                         sample_latents, sample_text, table_as, text_distribution, transition)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,

@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dppmg import (FORMAT, MODALITIES, NEW, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
+from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
                    OneLineParser, flag_of, hold_out_users, pick_device, read_checkpoint, replacing, settings, to_picture)
 from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, table_as
 from gnn import bpr_loss, build_graph, ranking_summary, sample_triplets

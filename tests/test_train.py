@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import train
-from dppmg import MODALITIES, TEST, TRAIN, VALID, CheckpointError, Dataset, read_checkpoint
+from dppmg import MODALITIES, NEW, TEST, TRAIN, VALID, CheckpointError, Dataset, read_checkpoint
 from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainConfig, read_text
 
 
@@ -173,10 +173,10 @@ def test_held_out_users_are_in_no_training():
         return Dataset("x", ids, ids, ids, [()] * 40, [], images, user, item, time, part, [])
     before, data = load(), load()
     new = train.hold_out_users(data, 0.3, seed=1)
-    held = data.user[data.part == train.NEW].unique()
+    held = data.user[data.part == NEW].unique()
     assert len(held) == 15 and held.max() < 30          # 0.3 of 50, of those with three items
-    assert ((data.part == train.NEW) == torch.isin(data.user, held)).all()
-    others = data.part != train.NEW
+    assert ((data.part == NEW) == torch.isin(data.user, held)).all()
+    others = data.part != NEW
     assert torch.equal(data.part[others], before.part[others])
     for name, part in (("history", TRAIN), ("test", TEST)):
         rows = (before.part == part) & torch.isin(before.user, held)
@@ -192,7 +192,7 @@ def test_held_out_users_are_in_no_training():
     assert [x.shape for x in train.hold_out_users(load(), 0.0, 1).values()] == [(2, 0)] * 2
     train.hold_out_users(other := load(), 1.0, 1)
     # two are left whom training can learn from
-    assert len(other.user[other.part != train.NEW].unique()) == 22
+    assert len(other.user[other.part != NEW].unique()) == 22
 
 
 def test_new_users_of_a_run_are_unknown_to_its_graph(run):
