@@ -173,6 +173,13 @@ def sample_negatives(graph: Graph, user: Tensor, generator: torch.Generator | No
     return r + torch.searchsorted(graph.skip_key, user * (graph.n_items + 1) + r, right=True) - start
 
 
+def sample_positives(graph: Graph, user: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One of each user's items, uniform: user (B,) int64, users who have an item -> (B,) int64."""
+    start = graph.row_ptr[user].long()                                          # (B,)
+    r = torch.randint(2**62, user.shape, generator=generator, device=user.device)
+    return graph.col[start + r % (graph.row_ptr[user + 1] - start)].long() - graph.n_users
+
+
 def sample_triplets(graph: Graph, batch: int, generator: torch.Generator | None = None, candidates: int = 1):
     """user (B,), pos (B,), neg (B,) or, for several candidates, (B, C): int64. The user is uniform (recall is
     a mean over users, so each counts the same), pos uniform over the user's items, neg over the others. Users
@@ -181,10 +188,9 @@ def sample_triplets(graph: Graph, batch: int, generator: torch.Generator | None 
     if not len(graph.active):
         raise ValueError(f"sample_triplets: none of {graph.n_users} users likes some but not all of the "
                          f"{graph.n_items} items: there is nothing to rank; give more items or interactions")
-    draw = torch.randint(2**62, (2, batch), generator=generator, device=graph.active.device)
-    user = graph.active[(draw[0] % len(graph.active)).sort().values]            # (B,)
-    start = graph.row_ptr[user].long()                                          # (B,)
-    pos = graph.col[start + draw[1] % (graph.row_ptr[user + 1] - start)].long() - graph.n_users
+    draw = torch.randint(2**62, (batch,), generator=generator, device=graph.active.device)
+    user = graph.active[(draw % len(graph.active)).sort().values]               # (B,)
+    pos = sample_positives(graph, user, generator)
     neg = sample_negatives(graph, user[:, None].expand(batch, candidates).contiguous(), generator)
     return user, pos, neg if candidates > 1 else neg.squeeze(1)
 

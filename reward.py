@@ -187,8 +187,8 @@ class Scorer(nn.Module):
 # ---- the reward --------------------------------------------------------------------------------------------
 
 class RewardParts(NamedTuple):
-    """Means over all samples of what the reward is made of, as measured (not normalized), for the log."""
-    consistency: Tensor    # () mean cosine of the pairs of a group, in [-1, 1]
+    """Means over samples of what the reward is made of, as measured (not normalized)."""
+    consistency: Tensor    # (G,) mean cosine of the pairs of each group, in [-1, 1]
     s_image: Tensor        # () mean stage-1 score of the images
     s_text: Tensor         # () mean stage-1 score of the texts
 
@@ -227,7 +227,7 @@ def pair_reward(image_emb: Tensor, text_emb: Tensor, s_image: Tensor, s_text: Te
     s_image, s_text = s_image.detach(), s_text.detach()
     reward_image = cfg.lambda_c * normalize_group(c_image) + cfg.lambda_p * normalize_group(s_image)
     reward_text = cfg.lambda_c * normalize_group(c_text) + cfg.lambda_p * normalize_group(s_text)
-    return reward_image, reward_text, RewardParts(c_image.mean(), _full(s_image).mean(), _full(s_text).mean())
+    return reward_image, reward_text, RewardParts(c_image.mean(1), _full(s_image).mean(), _full(s_text).mean())
 
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
                    OneLineParser, flag_of, hold_out_users, pick_device, read_checkpoint, replacing, settings, to_picture)
 from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, table_as
-from gnn import bpr_loss, build_graph, ranking_summary, sample_triplets
+from gnn import bpr_loss, build_graph, ranking_summary, sample_positives, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
                     judge_measures, swap_share, taste, token_optimizer)
 from vq import code_lift, codebook_health, explained, linear_probe
@@ -245,7 +245,7 @@ def read_text(text: str) -> tuple[int, int, int]:
 
 # ---- a run: stages that can be killed and resumed -------------------------------------------------------------------
 
-KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables")     # of a Run in its checkpoint, beside the modules
+KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables", "discord")     # of a Run in its checkpoint, beside the modules
 
 
 class Diverged(RuntimeError):
@@ -255,13 +255,14 @@ class Diverged(RuntimeError):
 class Run:
     """What a run consists of between its stages: settings, data, model, and all that its files are written from.
 
-    modules: what training changes, saved whole; tables: the preference-token tables as they were before the reward.
+    modules: what training changes, saved whole; tables: the preference-token tables as they were before the reward; discord
+    (users in training,): 1 - the mean cosine of a user's images and texts when the reward last saw them, 1 before.
     All randomness comes from generator(stage, step), so the state that a checkpoint needs is modules, optimizer, step."""
 
     def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None, out: Path, device: torch.device):
         self.cfg, self.train, self.data, self.world, self.out, self.device = cfg, train, data, world, out, device
         self.done, self.stage, self.step, self.optimizer_state = [], "", 0, None
-        self.log, self.metrics, self.seconds, self.tables = [], {}, {}, {}
+        self.log, self.metrics, self.seconds, self.tables, self.discord = [], {}, {}, {}, None
         self.saved_at, self.interrupted, self.busy = time.monotonic(), False, False
         new = hold_out_users(data, train.new_users, cfg.method.seed)
         self.new = {name: pairs.to(device) for name, pairs in new.items()}                  # (2, E) each
@@ -331,6 +332,7 @@ class Run:
             for name in KEPT:
                 setattr(self, name, state[name])
             self.optimizer_state, self.tables = state["optimizer"], {m: t.to(self.device) for m, t in self.tables.items()}
+            self.discord = None if self.discord is None else self.discord.to(self.device)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]}); "
                                   "choose another --out") from None
@@ -582,21 +584,25 @@ def train_referee(run: Run) -> str:
 
 
 def train_reward(run: Run) -> str:
-    """REINFORCE: the token tables, and nothing else, learn to please the reward."""
+    """REINFORCE: the token tables, and nothing else, learn to please the reward.
+    DEVIATION 19: a round's users are drawn in proportion to discord^2: those whose image and text agree have little to learn."""
     cfg, model = run.cfg.reward, run.model
     tables = {m: getattr(model, m).preference.weight for m in MODALITIES}
     if run.step == 0:
         run.tables = {m: table.detach().clone() for m, table in tables.items()}
         watch(run)
+        run.discord = torch.ones(len(run.users), device=run.device)
     model.requires_grad_(False)
     optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
 
     def losses(generator):
-        user, item = run.liked[:, draw(run.liked.shape[1], cfg.groups, generator)]
-        with_kl = cfg.kl_weight > 0 or (run.step + 1) % cfg.log_every == 0
-        step = model.reinforce_step(user, run.prompt[item], run.tables, with_kl, generator)
+        row = torch.multinomial(run.discord.square(), min(cfg.groups, len(run.users)), generator=generator)
+        user, with_kl = run.users[row], cfg.kl_weight > 0 or (run.step + 1) % cfg.log_every == 0
+        prompt = run.prompt[sample_positives(model.graph, user, generator)]
+        step = model.reinforce_step(user, prompt, run.tables, with_kl, generator)
+        run.discord[row] = 1 - step.parts.consistency
         kl = {"kl_image": step.kl_image, "kl_text": step.kl_text} if with_kl else {}
-        return {"loss": step.loss} | step.parts._asdict() | kl
+        return {"loss": step.loss} | {name: value.mean() for name, value in step.parts._asdict().items()} | kl
 
     def after(step):
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:

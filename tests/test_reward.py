@@ -231,7 +231,7 @@ def test_pair_reward_is_the_loop():
     want_text = 0.7 * standard(centred(columns)) + 2 * standard(centred(s_text.tolist()))
     np.testing.assert_allclose(got_image, want_image, rtol=1e-10)
     np.testing.assert_allclose(got_text, want_text, rtol=1e-10)
-    assert_close(parts.consistency, (image[:, :, None] * text[:, None]).sum(-1).mean())
+    assert_close(parts.consistency, (image[:, :, None] * text[:, None]).sum(-1).mean((1, 2)))
     assert_close(parts.s_image, s_image.mean())
     assert_close(parts.s_text, s_text.mean())
 
