@@ -251,15 +251,17 @@ class TfidfSVD(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) int64 -> (B, F)."""
-        return self.tfidf(tokens) @ self.basis
+        return torch.cat([self.tfidf(rows) @ self.basis for rows in tokens.split(1024)])
 
     @torch.no_grad()
     def fit(self, tokens: Tensor, seed: int):
         """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1."""
-        present = torch.zeros(len(tokens), len(self.idf)).scatter_(1, tokens, 1.0)
-        self.idf.copy_(((1 + len(tokens)) / (1 + present.sum(0))).log() + 1)
+        batches = tokens.split(1024)                            # (I, V) at once would fill the memory
+        self.idf.fill_(1)
+        df = sum((self.tfidf(rows) > 0).sum(0) for rows in batches)
+        self.idf.copy_(((1 + len(tokens)) / (1 + df)).log() + 1)
         self.idf[:N_SPECIAL] = 0
-        x = scipy.sparse.csr_array(self.tfidf(tokens).double().numpy())
+        x = scipy.sparse.vstack([scipy.sparse.csr_array(self.tfidf(rows).double().cpu().numpy()) for rows in batches])
         n = min(self.basis.shape[1], min(x.shape) - 1)
         _, value, direction = scipy.sparse.linalg.svds(x, k=n, random_state=seed)               # ascending
         direction = direction[::-1] * np.where(value[::-1, None] > 1e-8, 1, 0)
