@@ -303,10 +303,6 @@ class Run:
         digest = hashlib.sha256(f"{self.cfg.method.seed}/{stage}/{step}".encode()).digest()
         return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def autocast(self):
-        """bf16 where there are tensor cores for it; elsewhere nothing."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
-
     def save(self, optimizer: torch.optim.Optimizer | None = None):
         """Write checkpoint.pt and log.csv; not if a parameter is not finite: then the last good checkpoint stays."""
         for name, value in self.modules.state_dict().items():
@@ -385,8 +381,7 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         run.busy = True
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / steps)
-        with run.autocast():
-            parts = losses(run.generator(run.stage, step))
+        parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         norm = nn.utils.clip_grad_norm_(params, clip)
@@ -533,7 +528,8 @@ def train_text(run: Run) -> str:
 
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
-        return {"loss": net.loss(run.tokens[item], prompt, prefs)}
+        with run.model.half(on_cpu=False):
+            return {"loss": net.loss(run.tokens[item], prompt, prefs)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses)
     item, prompt, prefs = validation(run, "text")
     with torch.no_grad():
