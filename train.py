@@ -384,11 +384,12 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(params, clip)
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.device.type == "cpu" or (step + 1) % every == 0:
             check_finite(run, step, parts | {"gradient": norm})
         optimizer.step()
         run.step = step + 1
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
         if after:
             after(step)
         if run.step % every == 0 or run.step == steps:
@@ -402,11 +403,14 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
 
 
 def check_finite(run: Run, step: int, parts: dict[str, Tensor]):
-    """Raises Diverged, naming the part, unless all are finite."""
+    """Raises Diverged, naming the part (of the gradient, the parameter), unless all are finite."""
     for name, value in parts.items():
         if not value.isfinite().all():
             raise Diverged(f"stage {run.stage}, step {step}: {name} is {value.item()}; the last good checkpoint is kept; "
                            "try a lower learning rate")
+            if name == "gradient":
+                bad = (n for n, p in run.modules.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+                name = f"gradient of {next(bad, 'all parameters together')}"
 
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
