@@ -395,11 +395,11 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         if run.step % every == 0 or run.step == steps:
             run.note(run.step, **{name: value.item() for name, value in parts.items()})
             bar.set_postfix(loss=f"{parts['loss'].item():.4f}")
-        run.busy = False
         if run.interrupted or time.monotonic() - run.saved_at > run.train.checkpoint_seconds:
             run.save(optimizer)
         if run.interrupted:
             raise KeyboardInterrupt
+        run.busy = False
 
 
 def check_finite(run: Run, step: int, parts: dict[str, Tensor]):
