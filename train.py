@@ -452,7 +452,7 @@ def fit_features(run: Run) -> str:
     """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, computed for all."""
     model, latents = run.model, latents_of(run, run.images)
     model.image_features.fit(latents[run.seen])
-    model.text_features.fit(run.tokens[run.seen], run.cfg.method.seed)
+    model.text_features.fit(run.tokens[run.seen])
     model.gnn.set_features("image", model.image_features(latents))
     model.gnn.set_features("text", model.text_features(run.tokens))
     return f"{run.cfg.method.image_features} image and {run.cfg.method.text_features} text features"
