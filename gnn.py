@@ -207,8 +207,8 @@ class LatentPCA(nn.Module):
             self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
 
     def _parts(self, latents: Tensor) -> dict[str, Tensor]:
-        pooled = F.conv2d(latents, self.filters, self.bias).relu().mean((2, 3))                 # (B, 512)
-        return {"layout": latents.flatten(1), "local": pooled}
+        pooled = [F.conv2d(rows, self.filters, self.bias).relu().mean((2, 3)) for rows in latents.split(256)]
+        return {"layout": latents.flatten(1), "local": torch.cat(pooled)}                       # (B, C h h), (B, 512)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
