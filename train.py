@@ -799,7 +799,7 @@ table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .6em;text-align
 thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}small{color:#666}
 img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}svg{margin:.3em}
 figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}figcaption{font-size:12px;overflow-wrap:anywhere}
-.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px}section{border-top:1px solid #ddd;margin-top:1em}"""
+.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px;overflow-wrap:anywhere}section{border-top:1px solid #ddd;margin-top:1em}"""
 INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
 
 
