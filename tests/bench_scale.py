@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SIZES = ((2_000, 600), (2_000, 6_000), (2_000, 60_000), (20_000, 600), (20_000, 6_000), (20_000, 60_000))     # items, users
+SIZES = ((2_000, 600), (2_000, 60_000), (20_000, 600), (20_000, 60_000))     # items, users
 FEW = ("image-ae-steps", "gnn-steps", "vq-steps", "text-steps", "image-steps", "reward-scorer-steps", "referee-steps")
 
 
@@ -40,7 +40,8 @@ def one(items: int, users: int, out: str):
     found = {"imports": (0.0, peak_mb())}
     arguments = [x for name in FEW for x in (f"--{name}", "4")]
     run = train.open_run(*train.parse_arguments([
-        "--items", str(items), "--users", str(users), "--out", out, "--reward-rounds", "2", "--device", "cpu", *arguments]))
+        "--items", str(items), "--users", str(users), "--out", out, "--reward-rounds", "1", "--pairs", "64", "--image-sampling-steps", "2", "--reward-groups", "8",
+        "--device", "cpu", *arguments]))
     found["data"] = (0.0, peak_mb())
     for stage in train.STAGES:
         train.train_all(run, [stage])
@@ -68,7 +69,7 @@ def main():
         print("{:7,}{:8,}  ".format(*size) + "".join(f"{mb:6.0f} {s:5.1f}" for s, mb in found[size].values()), flush=True)
     base = found[SIZES[0]]["imports"][1]
     peak = {size: max(mb for _, mb in stages.values()) - base for size, stages in found.items()}
-    for small, large in ((0, 2), (3, 5), (0, 3), (2, 5), (0, 5)):
+    for small, large in ((0, 1), (0, 2), (0, 3)):
         factor = max(b / a for a, b in zip(SIZES[small], SIZES[large]))
         slope = math.log(peak[SIZES[large]] / peak[SIZES[small]]) / math.log(factor)
         print(f"{SIZES[small]} -> {SIZES[large]}: peak less {base:.0f} MB of imports {peak[SIZES[small]]:.0f} -> "
