@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -214,8 +213,8 @@ class LatentPCA(nn.Module):
             self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
 
     def _parts(self, latents: Tensor) -> dict[str, Tensor]:
-        pooled = F.conv2d(latents, self.filters, self.bias).relu().mean((2, 3))                 # (B, 512)
-        return {"layout": latents.flatten(1), "local": pooled}
+        pooled = [F.conv2d(rows, self.filters, self.bias).relu().mean((2, 3)) for rows in latents.split(256)]
+        return {"layout": latents.flatten(1), "local": torch.cat(pooled)}                       # (B, C h h), (B, 512)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
@@ -257,21 +256,24 @@ class TfidfSVD(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) int64 -> (B, F)."""
-        return self.tfidf(tokens) @ self.basis
+        return torch.cat([self.tfidf(rows) @ self.basis for rows in tokens.split(1024)])
 
     @torch.no_grad()
-    def fit(self, tokens: Tensor, seed: int):
-        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1."""
-        present = torch.zeros(len(tokens), len(self.idf)).scatter_(1, tokens, 1.0)
-        self.idf.copy_(((1 + len(tokens)) / (1 + present.sum(0))).log() + 1)
+    def fit(self, tokens: Tensor):
+        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1.
+        By the Gram matrix (V, V): the same bits each time, which scipy's svds does not give (it depends on where memory lies)."""
+        batches = tokens.split(1024)                            # (I, V) at once would fill the memory
+        self.idf.fill_(1)
+        df = sum((self.tfidf(rows) > 0).sum(0) for rows in batches)
+        self.idf.copy_(((1 + len(tokens)) / (1 + df)).log() + 1)
         self.idf[:N_SPECIAL] = 0
-        x = scipy.sparse.csr_array(self.tfidf(tokens).double().numpy())
-        n = min(self.basis.shape[1], min(x.shape) - 1)
-        _, value, direction = scipy.sparse.linalg.svds(x, k=n, random_state=seed)               # ascending
-        direction = direction[::-1] * np.where(value[::-1, None] > 1e-8, 1, 0)
-        direction = direction * np.sign(direction[np.arange(n), np.abs(direction).argmax(1)])[:, None]   # a fixed sign
+        gram = sum(x.T @ x for x in (self.tfidf(rows).double() for rows in batches))
+        square, direction = torch.linalg.eigh(gram)                                             # ascending
+        n = min(self.basis.shape[1], len(square))
+        square, direction = square.flip(0)[:n], direction.flip(1)[:, :n]
+        largest = direction.gather(0, direction.abs().argmax(0, keepdim=True))                  # positive: a fixed sign
         self.basis.zero_()
-        self.basis[:, :n] = torch.from_numpy(direction.T.copy())
+        self.basis[:, :n] = direction * largest.sign() * (square > 1e-12 * square[0])
         self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
 
 

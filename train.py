@@ -166,9 +166,11 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     items = np.stack([rng.integers(0, len(values), cfg.items) for values in ATTRIBUTES.values()], 1)    # (I, A)
     logits = {a: SHARPNESS[a] * rng.normal(size=(cfg.users, len(values))) for a, values in ATTRIBUTES.items()}
     tastes = {a: np.exp(x) / np.exp(x).sum(1, keepdims=True) for a, x in logits.items()}
-    log_p = sum(np.log(tastes[a])[:, items[:, k]] for k, a in enumerate(ATTRIBUTES))                    # (U, I)
-    liked = np.argsort(-(log_p + rng.gumbel(size=log_p.shape)), axis=1)[:, :cfg.interactions]
-    return World(items, tastes, rng.permuted(liked, axis=1))
+    liked = []
+    for u in range(0, cfg.users, 256):          # never U x I numbers at once
+        log_p = sum(np.log(tastes[a][u:u + 256])[:, items[:, k]] for k, a in enumerate(ATTRIBUTES))     # (256, I)
+        liked.append(np.argsort(-(log_p + rng.gumbel(size=log_p.shape)), axis=1)[:, :cfg.interactions].copy())
+    return World(items, tastes, rng.permuted(np.concatenate(liked), axis=1))
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]):
@@ -200,8 +202,8 @@ def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pictures -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 pictures -> floats in [-1, 1]."""
+    return images / 127.5 - 1
 
 
 class Referee(nn.Module):
@@ -300,10 +302,6 @@ class Run:
         digest = hashlib.sha256(f"{self.cfg.method.seed}/{stage}/{step}".encode()).digest()
         return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def autocast(self):
-        """bf16 where there are tensor cores for it; elsewhere nothing."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
-
     def save(self, optimizer: torch.optim.Optimizer | None = None):
         """Write checkpoint.pt and log.csv; not if a parameter is not finite: then the last good checkpoint stays."""
         for name, value in self.modules.state_dict().items():
@@ -368,13 +366,13 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         run.busy = True
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / steps)
-        with run.autocast():
-            parts = losses(run.generator(run.stage, step))
+        parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(params, clip)
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.device.type == "cpu" or (step + 1) % every == 0:
             check_finite(run, step, parts | {"gradient": norm})
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
         optimizer.step()
         run.step = step + 1
         if after:
@@ -382,17 +380,20 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
         if run.step % every == 0 or run.step == steps:
             run.note(run.step, **{name: value.item() for name, value in parts.items()})
             bar.set_postfix(loss=f"{parts['loss'].item():.4f}")
-        run.busy = False
         if run.interrupted or time.monotonic() - run.saved_at > run.train.checkpoint_seconds:
             run.save(optimizer)
+        run.busy = False
         if run.interrupted:
             raise KeyboardInterrupt
 
 
 def check_finite(run: Run, step: int, parts: dict[str, Tensor]):
-    """Raises Diverged, naming the part, unless all are finite."""
+    """Raises Diverged, naming the part (of the gradient, the parameter), unless all are finite."""
     for name, value in parts.items():
         if not value.isfinite().all():
+            if name == "gradient":
+                bad = (n for n, p in run.modules.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+                name = f"gradient of {next(bad, 'all parameters together')}"
             raise Diverged(f"stage {run.stage}, step {step}: {name} is {value.item()}; the last good checkpoint is kept; "
                            "try a lower learning rate")
 
@@ -411,6 +412,11 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, n: int = 256) ->
         return torch.cat([function(rows) for rows in x.split(n)])
 
 
+def latents_of(run: Run, images: Tensor) -> Tensor:
+    """Latents (B, C, h, h) of uint8 pictures (B, 3, H, H), which never are floats all at once."""
+    return in_batches(lambda x: run.model.autoencoder.encode(to_float(x)), images)
+
+
 def train_autoencoder(run: Run) -> str:
     """Reconstruct the pictures of the items that were liked in training; then standardize the latents."""
     cfg, net = run.cfg.image, run.model.autoencoder
@@ -420,7 +426,7 @@ def train_autoencoder(run: Run) -> str:
         with run.model.half():
             return {"loss": net.loss(to_float(run.images[item]), cfg.kl, generator)}
     fit(run, adamw(net, cfg.ae_lr, cfg.weight_decay), cfg.ae_steps, losses)
-    net.standardize(in_batches(net.encode, to_float(run.images[run.seen])))
+    net.standardize(latents_of(run, run.images[run.seen]))
     x = to_float(run.images[run.seen[:512]])
     error = (in_batches(lambda x: net.decode(net.encode(x)), x) - x).square().mean()
     return f"reconstruction PSNR {10 * math.log10(4 / max(error.item(), 1e-12)):.1f} dB"
@@ -428,9 +434,9 @@ def train_autoencoder(run: Run) -> str:
 
 def fit_features(run: Run) -> str:
     """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, computed for all."""
-    model, latents = run.model, in_batches(run.model.autoencoder.encode, to_float(run.images))
+    model, latents = run.model, latents_of(run, run.images)
     model.image_features.fit(latents[run.seen])
-    model.text_features.fit(run.tokens[run.seen], run.cfg.method.seed)
+    model.text_features.fit(run.tokens[run.seen])
     model.gnn.set_features("image", model.image_features(latents))
     model.gnn.set_features("text", model.text_features(run.tokens))
     return f"{run.cfg.method.image_features} image and {run.cfg.method.text_features} text features"
@@ -512,7 +518,8 @@ def train_text(run: Run) -> str:
 
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
-        return {"loss": net.loss(run.tokens[item], prompt, prefs)}
+        with run.model.half(on_cpu=False):
+            return {"loss": net.loss(run.tokens[item], prompt, prefs)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses)
     loss = validate(run, "text", lambda item, prompt, prefs: net.loss(run.tokens[item], prompt, prefs))
     return f"validation loss {loss:.3f} nats per token"
@@ -521,7 +528,7 @@ def train_text(run: Run) -> str:
 def train_image(run: Run) -> str:
     """Denoiser on the latents of the pictures that users liked; the running mean of its weights is what remains."""
     cfg, net, average = run.cfg.image, run.model.image, run.modules["average"]
-    latents = in_batches(run.model.autoencoder.encode, to_float(run.images))
+    latents = latents_of(run, run.images)
     if run.step == 0:
         average.load_state_dict(net.state_dict())
 
@@ -677,7 +684,9 @@ def judge_likes(run: Run) -> dict[str, Tensor]:
     """What each user likes in the judge's eyes (U, D): the mean of the held-out items (validation and test) that the user
     liked, of which neither the generators nor the reward have learnt."""
     held = torch.cat([torch.stack(run.data.pairs(part)) for part in (VALID, TEST)], 1).to(run.device)
-    items = embed(run.modules["judge"], contents(run, torch.arange(len(run.images), device=run.device)))
+    judge = run.modules["judge"]
+    items = {"image": in_batches(lambda x: judge.encode_image(to_float(x)), run.images),
+             "text": in_batches(judge.encode_text, run.tokens)}
     return {m: taste(items[m], *held, len(run.data.user_ids)) for m in MODALITIES}
 
 
@@ -735,6 +744,7 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         return {}
     found, order = {}, torch.arange(history.shape[1], device=run.device)
     nth = order - torch.searchsorted(history[0], history[0])        # of its user's history; users ascend
+    some = test[:, ::-(-test.shape[1] // run.train.pairs)]         # no more than `pairs` to generate for
     with torch.no_grad():
         rows = model.gnn(model.graph)
 
@@ -747,12 +757,12 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         p = model.fold_in_preferences(*first, n_users)
         found[str(k)] = rank(run, {m: (p[m], rows[m][1]) for m in MODALITIES}, first, test)
         if run.world:
-            found[str(k)] |= utility(*test, {m: model.quantizer[m].encode(p[m])[test[0]] for m in MODALITIES})
+            found[str(k)] |= utility(*some, {m: model.quantizer[m].encode(p[m])[some[0]] for m in MODALITIES})
     # from now on they can be generated for like all others
     model.update_preferences(model.fold_in_preferences(*history, n_users), test[0].unique())
     found["in training"] = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
     if run.world:
-        pairs = draw_pairs(run, TEST, test.shape[1])
+        pairs = draw_pairs(run, TEST, some.shape[1])
         found["in training"] |= utility(pairs.user, pairs.item, model.user_tokens(pairs.user))
     return found
 
@@ -765,7 +775,7 @@ thead th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric
 img{width:64px;height:64px;image-rendering:pixelated;border-radius:4px;display:block}svg{margin:.3em}
 figure{display:inline-block;width:9.5em;margin:.3em .5em .3em 0;vertical-align:top}
 figcaption{font-size:12px;overflow-wrap:anywhere}section{border-top:1px solid #ddd;margin-top:1em}
-.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px}"""
+.grid td{padding:2px}.grid th{font-weight:normal;font-size:12px;padding:2px 6px;max-width:64px;overflow-wrap:anywhere}"""
 INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
 
 
@@ -848,7 +858,8 @@ def report_codes(run: Run) -> str:
     names = sorted(word for word, n in common.items() if n >= max(2, len(words) // 200))
     traits = torch.tensor([[word in has for word in names] for has in words])               # (I, W)
     users, rows = run.users.cpu(), []
-    shares = taste(traits.double(), *run.liked.cpu(), len(run.data.user_ids))[users]                    # (U, W)
+    shares = torch.cat([taste(some.double(), *run.liked.cpu(), len(run.data.user_ids))[users]           # (U, W), 16 words at
+                        for some in traits.split(16, 1)], 1)                                            # a time of (E, W)
     for m in MODALITIES:
         lift = code_lift(getattr(run.model, f"tokens_{m}").cpu()[users, 0], shares, run.cfg.vq.codes)   # (K, W)
         for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):

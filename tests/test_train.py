@@ -1,4 +1,5 @@
 """train.py: stickers and their referee, stages, exact measures, a run's files and report, kills, mistakes."""
+import contextlib
 import csv
 import hashlib
 import html.parser
@@ -6,10 +7,11 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,14 +474,15 @@ def test_twenty_steps_are_ten_and_ten_after_a_restart(smoke, tmp_path):
 
 @pytest.mark.parametrize("what, message", [
     ("loss", "stage toy, step 3: loss is nan; .* lower learning rate"),
-    ("gradient", "stage toy, step 3: gradient is (inf|nan)"),
-    ("parameter", "stage toy, step 3: toy.weight is not finite")])
+    ("gradient", "stage toy, step 3: gradient of toy.1.weight is (inf|nan)"),
+    ("parameter", "stage toy, step 3: toy.1.weight is not finite")])
 def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare, what, message):
-    spare.modules["toy"], spare.stage, spare.step = nn.Linear(2, 2, bias=False), "toy", 0
-    weight = spare.modules["toy"].weight
+    layers = (nn.Linear(2, 2, bias=False) for _ in range(3))
+    spare.modules["toy"], spare.stage, spare.step = nn.Sequential(*layers), "toy", 0
+    weight = spare.modules["toy"][1].weight
 
     def losses(_):
-        loss = weight.square().sum()
+        loss = sum(p.square().sum() for p in spare.modules["toy"].parameters())
         if spare.step == 3:
             loss = {"loss": loss * math.nan, "gradient": loss + (0 * weight).abs().sqrt().sum(),
                     "parameter": loss}[what]
@@ -762,6 +765,17 @@ def test_a_mistake_costs_one_line_and_writes_nothing(tmp_path, capsys, monkeypat
     assert digest(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["file", "full", "odd"]
 
 
+@pytest.mark.parametrize("group, name", [(group, name) for group, name, field, _ in train.settings(train.PARTS)
+                                         if isinstance(field.default, float)])
+def test_no_setting_may_be_nan_or_infinite(tmp_path, capsys, monkeypatch, group, name):
+    monkeypatch.chdir(tmp_path)
+    for value in ("nan", "inf", "-inf", "1e999"):
+        assert main("--smoke", f"{train.flag_of(group, name)}={value}") == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and f".{name}={float(value)}" in errors
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--smoke"], "this run is finished; choose another"), (["--resume"], "this run is finished"),
     (["--smoke", "--gnn-steps", "31"], "finished|other settings")])
@@ -812,26 +826,89 @@ def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
         spare.restore(path)
 
 
-def test_a_full_disk_costs_one_line_and_the_last_checkpoint_stays(spare, capsys):
-    before, (soft, hard) = digest(spare.out), resource.getrlimit(resource.RLIMIT_FSIZE)
+def full_disk(monkeypatch, name):
+    """The file of that name is written where no space is left."""
+    @contextlib.contextmanager
+    def replacing(path):
+        with original(path) as temporary:
+            if re.fullmatch(name, path.name):
+                temporary.symlink_to("/dev/full")
+            yield temporary
+    original = train.replacing
+    monkeypatch.setattr(train, "replacing", replacing)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "log.csv", "report.html", "metrics.json", "config.json"])
+def test_a_full_disk_costs_one_line_and_the_earlier_files_stay(spare, capsys, monkeypatch, name):
     spare.done.remove("evaluation")
     spare.save()
     before = digest(spare.out)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
-    try:
-        status = main("--resume", "--out", spare.out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.setitem(train.STAGES, "evaluation", lambda run: "skipped")
+    monkeypatch.setattr(train, "write_report", lambda run: train.write_page(run.out / "report.html", "title", "body"))
+    full_disk(monkeypatch, name)
+    assert main("--resume", "--out", spare.out) == 2
+    errors, after = capsys.readouterr().err, digest(spare.out)
+    assert errors.count("\n") == 1 and re.search("No space left on device|is the disk full", errors)
+    assert after.get(name) == before.get(name) and set(after) == set(before)     # no *.tmp, no metrics.json
+    if name in ("config.json", "checkpoint.pt"):
+        assert after == before
+    monkeypatch.undo()
+    reopened = train.open_run(*train.parse_arguments(["--resume", "--out", str(spare.out)]))
+    reopened.restore(spare.out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", ["config.json", "s0007.png", "items.csv", "interactions.csv"])
+def test_a_disk_that_is_full_from_the_start_leaves_what_can_be_resumed_or_nothing(tmp_path, capsys, monkeypatch, name):
+    full_disk(monkeypatch, name)
+    arguments = ["--smoke", "--items", "24", "--users", "4", "--interactions", "10", "--out", tmp_path / "run"]
+    assert main(*arguments) == 2
     errors = capsys.readouterr().err
-    assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors
-    assert digest(spare.out) == before
+    assert errors.count("\n") == 1 and "No space left on device" in errors
+    assert not list(tmp_path.rglob(".*")) and not list(tmp_path.rglob(name))
+    monkeypatch.undo()
+    if name != "config.json":
+        run = train.open_run(*train.parse_arguments(["--resume", "--out", str(tmp_path / "run")]))
+        assert len(list((run.out / "stickers" / "images").iterdir())) == 24
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_out_costs_one_line(tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    assert main("--smoke", "--out", tmp_path / "run") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.fixture
+def nobody():
+    """Root may write anywhere: for a while, we are not root."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.mark.parametrize("out", ["run", "new/run", "."])
+def test_a_read_only_out_costs_one_line(tmp_path_factory, capsys, nobody, out):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o500)
+        assert main("--smoke", "--out", Path(folder) / out) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "Permission denied" in errors and os.listdir(folder) == []
+        os.chmod(folder, 0o700)
+
+
+def test_a_run_whose_folder_became_read_only_stays_as_it_is(smoke, capsys):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        out = Path(folder) / "run"
+        shutil.copytree(smoke, out, ignore=shutil.ignore_patterns("metrics.json"))
+        before = digest(out)
+        for path in (Path(folder), *out.rglob("*"), out):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        root = os.geteuid() == 0
+        os.seteuid(65534 if root else os.geteuid())
+        try:
+            assert main("--resume", "--out", out) == 2
+        finally:
+            os.seteuid(0 if root else os.geteuid())
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "Permission denied" in errors and digest(out) == before
+        for path in (Path(folder), out, *out.rglob("*")):
+            path.chmod(0o755)
 
 
 def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
