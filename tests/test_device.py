@@ -1,5 +1,6 @@
 """Is the program ready for a GPU?  A whole run on a simulated one, in float64: a second device whose tensors hold real
 numbers, on which every mistake shows that a real one would punish, and some that it forgives.  And one in bf16."""
+import dataclasses
 import json
 import re
 from contextlib import ExitStack
@@ -112,7 +113,7 @@ def tiny(tmp_path, monkeypatch):
     opened = train.open_run(args, given)
 
     def run(device, method=opened.cfg.method):
-        cfg = train.dataclasses.replace(opened.cfg, method=method)
+        cfg = dataclasses.replace(opened.cfg, method=method)
         data = train.Dataset.load(tmp_path / "stickers", cfg.image.size, 0)
         new = train.Run(cfg, opened.train, data, opened.world, tmp_path, device)
         train.train_all(new)
@@ -124,7 +125,7 @@ def tiny(tmp_path, monkeypatch):
 def test_a_whole_run_on_another_device_and_in_float64_is_that_on_the_cpu(tiny, monkeypatch):
     """Training steps, samplers, evaluation, report.  float64 is the default: a float32 that is left somewhere differs."""
     monkeypatch.setattr(torch, "Generator", Generator)
-    found, fp64 = [], train.dataclasses.replace(dppmg.MethodConfig(image_features=16, text_features=16), bf16=0)
+    found, fp64 = [], dataclasses.replace(dppmg.MethodConfig(image_features=16, text_features=16), bf16=0)
     torch.set_default_dtype(torch.float64)
     try:
         for device in (torch.device("cpu"), DEVICE):
