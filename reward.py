@@ -184,7 +184,8 @@ class Scorer(nn.Module):
         scorer_dropout leave the AUC of other items at 0.66, but how an image's cosine and the judge's AUC of it
         correlate within a group rises from 0.23 to 0.45 (to 0.33 by a judge trained without); a text's 0.29, now 0.27.
         With it, the image that the scorer likes best of 8 has a judge's AUC 0.050 above the group's mean; without it, by
-        a judge without it too, 0.002 below (that judge and the scorer with it: 0.035 above).  Stickers: AUC of other items 0.984."""
+        a judge without it too, 0.002 below (that judge and the scorer with it: 0.035 above).
+        Stickers: AUC of other items 0.984."""
         B, most, device = len(images), self.cfg.scorer_shift, images.device
         move = torch.randint(-most, most + 1, (2, B, 1), generator=generator, device=device)
         row, column = (torch.arange(32, device=device) + move).clamp(0, 31)              # (B, 32) each
