@@ -29,6 +29,9 @@ class RewardConfig:
     scorer_lr: float = 3e-3           # peak learning rate of the scorer (AdamW), falling to 0
     scorer_temperature: float = 0.07  # InfoNCE temperature at the start, learnt in [0.01, 1] (CLIP, Sec. 2.5)
     scorer_shift: int = 4             # pixels of 32 by which training moves a picture, either way; 0 = never
+    scorer_mirror: float = 0.5        # probability of mirroring a picture, left to right, in training
+    scorer_zoom: float = 0.25         # at most so much of a picture's side is cut off in training, the rest enlarged
+    scorer_dropout: float = 0.3       # probability of dropping a feature of a picture before the last layer, in training
     scorer_drop: float = 0.1          # probability of hiding a text token from the scorer in training
     rounds: int = 80                  # REINFORCE updates; 0 = no reward stage
     groups: int = 64                  # G, (user, prompt) groups in a round
@@ -42,8 +45,9 @@ class RewardConfig:
     log_every: int = 16               # rounds between two lines with the exact or the judge's measures
 
     def __post_init__(self):
-        limits = {"lambda_c": 0, "lambda_p": 0, "kl_weight": 0, "scorer_shift": 0, "rounds": 0, "images": 2,
-                  "texts": 2, "scorer_batch": 2, "scorer_width": 8, "scorer_drop": 0}
+        shares = {"scorer_mirror": 0, "scorer_zoom": 0, "scorer_dropout": 0, "scorer_drop": 0}
+        limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_weight": 0, "scorer_shift": 0, "rounds": 0, "images": 2,
+                           "texts": 2, "scorer_batch": 2, "scorer_width": 8}
         for name, value in vars(self).items():
             low = limits.get(name, 0 if isinstance(value, float) else 1)
             strict = isinstance(value, float) and name not in limits  # learning rates and the temperature
@@ -52,7 +56,8 @@ class RewardConfig:
         self._need(self.scorer_width % 8 == 0, "scorer_width", "a multiple of 8, for its GroupNorm")
         self._need(0.01 <= self.scorer_temperature <= 1, "scorer_temperature",
                    "0.01 <= scorer_temperature <= 1")
-        self._need(self.scorer_drop < 1, "scorer_drop", "0 <= scorer_drop < 1")
+        for name in shares:
+            self._need(getattr(self, name) < 1, name, f"0 <= {name} < 1")
         self._need(self.lambda_c + self.lambda_p > 0, "lambda_p", "lambda_c + lambda_p > 0, else no reward")
         self._need(self.grad_steps <= self.diffusion_steps, "grad_steps",
                    f"grad_steps <= diffusion_steps = {self.diffusion_steps}")
@@ -111,6 +116,18 @@ def _masked_mean(x: Tensor, keep: Tensor) -> Tensor:
     return (x * keep).sum(1) / keep.sum(1).clamp(min=1)
 
 
+def random_window(images: Tensor, most: float, generator: torch.Generator | None) -> Tensor:
+    """Of each picture a square window at random, 1 - most to 1 of its side, enlarged to the picture's size (bilinear).
+    images (B, C, H, H), most in [0, 1) -> the same shape."""
+    draw = torch.rand(3, len(images), generator=generator, device=images.device, dtype=images.dtype)
+    side = 1 - most * draw[0]                                         # (B,)
+    x, y = (1 - side) * (2 * draw[1:] - 1)                            # (B,) the window's centre in [-1, 1]
+    zero = torch.zeros_like(side)
+    window = torch.stack([side, zero, x, zero, side, y], 1).unflatten(1, (2, 3))      # (B, 2, 3)
+    grid = F.affine_grid(window, list(images.shape), align_corners=True)
+    return F.grid_sample(images, grid, align_corners=True)            # never outside: no padding is seen
+
+
 class Scorer(nn.Module):
     """Contrastive encoders of images, texts and prompts into one space of unit vectors, trained from scratch.
 
@@ -139,7 +156,11 @@ class Scorer(nn.Module):
         """Pictures (B, 3, H, H) in [-1, 1], of any side H, seen at 32 x 32 -> unit vectors (B, D)."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"Scorer.encode_image: images are {tuple(images.shape)}; need (B, 3, H, H)")
-        return F.normalize(_full(self.picture(F.adaptive_avg_pool2d(images, 32))), dim=-1)
+        return self._embed_features(self.picture[:-1](F.adaptive_avg_pool2d(images, 32)))
+
+    def _embed_features(self, features: Tensor) -> Tensor:
+        """What the last layer makes of a picture's features (B, F): unit vectors (B, D)."""
+        return F.normalize(_full(self.picture[-1](features)), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) int64, PAD = 0 -> unit vectors (B, D); padding does not matter."""
@@ -156,14 +177,25 @@ class Scorer(nn.Module):
     def augment(self, images: Tensor, tokens: Tensor,
                 generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Training only, against learning the items by heart: each picture, at 32 x 32, moved by up to
-        scorer_shift pixels either way (its edges repeated), each token hidden (made PAD) with probability
-        scorer_drop.  images (B, 3, H, H), tokens (B, T) -> (B, 3, 32, 32), (B, T)."""
+        scorer_shift pixels either way (its edges repeated), mirrored with probability scorer_mirror, and enlarged, so
+        that a random window remains, 1 - scorer_zoom of the side or more; each token hidden (made PAD) with
+        probability scorer_drop.  images (B, 3, H, H), tokens (B, T) -> (B, 3, 32, 32), (B, T).
+        Measured on films (one training each, 96 groups of 8 x 8 samples before the reward): mirroring, enlarging and
+        scorer_dropout leave the AUC of other items at 0.66, but how an image's cosine and the judge's AUC of it
+        correlate within a group rises from 0.23 to 0.45 (to 0.33 by a judge trained without); a text's 0.29, now 0.27.
+        With it, the image that the scorer likes best of 8 has a judge's AUC 0.050 above the group's mean; without it, by
+        a judge without it too, 0.002 below (that judge and the scorer with it: 0.035 above).
+        Stickers: AUC of other items 0.984."""
         B, most, device = len(images), self.cfg.scorer_shift, images.device
         move = torch.randint(-most, most + 1, (2, B, 1), generator=generator, device=device)
         row, column = (torch.arange(32, device=device) + move).clamp(0, 31)              # (B, 32) each
+        mirror = torch.rand(B, 1, generator=generator, device=device) < self.cfg.scorer_mirror
+        column = torch.where(mirror, column.flip(1), column)
         sample = torch.arange(B, device=device)[:, None, None]
         images = F.adaptive_avg_pool2d(images, 32).permute(0, 2, 3, 1)                   # (B, 32, 32, 3)
         images = images[sample, row[:, :, None], column[:, None]].permute(0, 3, 1, 2)    # (B, 3, 32, 32)
+        if self.cfg.scorer_zoom:
+            images = random_window(images, self.cfg.scorer_zoom, generator)
         keep = torch.rand(tokens.shape, generator=generator, device=device) >= self.cfg.scorer_drop
         return images, tokens * keep
 
@@ -178,7 +210,10 @@ class Scorer(nn.Module):
                              "prompts; give one of each for every item")
         same_text, same_prompt = same_rows(tokens), same_rows(prompt)                    # (B, B)
         images, tokens = self.augment(images, tokens, generator)
-        image, text, topic = self.encode_image(images), self.encode_text(tokens), self.encode_prompt(prompt)
+        features, drop = self.picture[:-1](images), self.cfg.scorer_dropout
+        keep = torch.rand(features.shape, generator=generator, device=features.device) >= drop
+        image = self._embed_features(features * keep / (1 - drop))
+        text, topic = self.encode_text(tokens), self.encode_prompt(prompt)
         scale = self.log_scale.clamp(0, math.log(100)).exp()                             # () CLIP Sec. 2.5
         return (info_nce(image, text, same_text, scale) + info_nce(image, topic, same_prompt, scale)
                 + info_nce(text, topic, same_prompt, scale)) / 3

@@ -17,10 +17,10 @@ from torch.testing import assert_close
 from reward import (Content, RewardConfig, Scorer, categorical_kl, consistency, disjoint_halves, embed,
                     frechet_distance, frechet_interval, gaussian_kl, gaussian_log_prob, info_nce, interval,
                     judge_consistency, judge_measures, judge_prompt, leave_one_out, normalize_group,
-                    pair_reward, reinforce_loss, same_rows, swap_share, taste, token_optimizer)
+                    pair_reward, random_window, reinforce_loss, same_rows, swap_share, taste, token_optimizer)
 
 CFG = RewardConfig(scorer_width=8, scorer_dim=16)
-PLAIN = replace(CFG, scorer_shift=0, scorer_drop=0.0)      # the loss without augmentation: no randomness left
+PLAIN = replace(CFG, scorer_shift=0, scorer_mirror=0.0, scorer_zoom=0.0, scorer_dropout=0.0, scorer_drop=0.0)     # the loss without augmentation: no randomness left
 
 
 def rng(seed=0):
@@ -85,7 +85,7 @@ def test_loss_is_the_mean_of_three_info_nces_with_equal_texts_and_prompts_apart(
     """Items 0 and 3 share a text, of which different tokens are hidden; items 1 and 2 share a prompt."""
     images, tokens, prompt = batch()
     tokens[3], prompt[2] = tokens[0], prompt[1]
-    s, B = scorer(replace(CFG, scorer_drop=0.4)), len(images)
+    s, B = scorer(replace(CFG, scorer_drop=0.4, scorer_dropout=0.0)), len(images)
     moved, hidden = s.augment(images, tokens, rng(3))
     assert not torch.equal(hidden[0], hidden[3])
     x, y, c = s.encode_image(moved), s.encode_text(hidden), s.encode_prompt(prompt)
@@ -135,7 +135,7 @@ def test_text_padding_and_prompt_order_do_not_matter_but_text_order_does():
 
 
 def test_augment_moves_pictures_by_whole_pixels_and_hides_tokens():
-    cfg, (images, tokens, _) = replace(CFG, scorer_shift=2, scorer_drop=0.25), batch(B=400)
+    cfg, (images, tokens, _) = replace(PLAIN, scorer_shift=2, scorer_drop=0.25), batch(B=400)
     moved, hidden = scorer(cfg).augment(images, tokens, rng(3))
     seen = set()
     for before, after in zip(images[:60], moved):
@@ -149,6 +149,44 @@ def test_augment_moves_pictures_by_whole_pixels_and_hides_tokens():
     assert abs(share - 0.25) < 0.05 and torch.equal(hidden, tokens * (hidden != 0))
     same = scorer(PLAIN).augment(images, tokens, rng(3))
     assert torch.equal(same[0], images) and torch.equal(same[1], tokens)
+
+
+def test_augment_mirrors_half_of_the_pictures():
+    images, tokens, _ = batch(B=400)
+    after, _ = scorer(replace(PLAIN, scorer_mirror=0.5)).augment(images, tokens, rng(3))
+    mirrored = torch.tensor([torch.equal(x.flip(2), y) for x, y in zip(images, after)])
+    assert torch.equal(after[~mirrored], images[~mirrored]) and 0.37 < mirrored.double().mean() < 0.63    # 5 sigma
+
+
+def test_random_window_shows_a_part_of_a_picture_enlarged():
+    """On a picture whose channels are the column and the row: even steps, as long as the window's side, within the picture."""
+    ramp = torch.linspace(-1, 1, 32, dtype=torch.float64).expand(32, 32)
+    seen = random_window(torch.stack([ramp, ramp.T]).expand(300, 2, 32, 32), 0.25, rng(1))     # (300, 2, 32, 32)
+    column, row = seen[:, 0], seen[:, 1].transpose(1, 2)
+    for place in (column, row):
+        assert_close(place, place[:, :1].expand_as(place))                         # no shear
+        side = (place[:, 0, -1] - place[:, 0, 0]) / 2
+        assert_close(place[:, 0].diff(dim=1), (side * 2 / 31)[:, None].expand(-1, 31))
+        assert 0.75 <= side.min() < 0.77 and 0.98 < side.max() <= 1                # square: the same in both, below
+        assert place.min() >= -1 - 1e-12 and place.max() <= 1 + 1e-12
+        assert place[:, 0, 0].min() < -0.97 and place[:, 0, -1].max() > 0.97       # anywhere in the picture
+    assert_close(column[:, 0, -1] - column[:, 0, 0], row[:, 0, -1] - row[:, 0, 0])
+    images = batch()[0]
+    assert_close(random_window(images, 0.0, rng(2)), images)
+
+
+def test_loss_drops_features_of_pictures_in_training_alone():
+    """At rate p the features that remain are 1 / (1 - p) times as large; encode_image, which the reward uses, drops none."""
+    s, (images, tokens, prompt) = scorer(replace(PLAIN, scorer_dropout=0.4)), batch()
+    given = []
+    s.picture[-1].register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    s.encode_image(images)
+    s.loss(images, tokens, prompt, rng(4))
+    whole, dropped = given
+    kept = dropped != 0
+    assert_close(dropped[kept], (whole / 0.6)[kept])
+    share = kept.double().mean()                                                   # of 768 features: sigma 0.018
+    assert abs(share - 0.6) < 0.09
 
 
 def test_the_same_generator_state_gives_the_same_loss_to_the_bit():
@@ -195,7 +233,7 @@ def test_scorer_learns_a_planted_colour_and_its_twin_is_untouched():
     assert not any(torch.equal(p, q) for p, q in zip(first.picture.parameters(), judge.picture.parameters())
                    if p.dim() > 1)
     before = [p.clone() for p in judge.parameters()]
-    fit(first, planted(200, seed=1), steps=40, seed=0)
+    fit(first, planted(200, seed=1), steps=80, seed=0)
     assert all(torch.equal(p, q) for p, q in zip(before, judge.parameters()))
     images, tokens, prompt, colour = planted(120, seed=2)                          # never seen
     with torch.no_grad():
@@ -634,6 +672,7 @@ def test_errors_name_the_tensor_and_the_cure(call, message):
     ("scorer_lr", 0.0, "> 0"), ("lr_text", -0.1, "> 0"), ("images", 1, ">= 2"), ("texts", 1, ">= 2"),
     ("groups", 0, ">= 1"), ("rounds", -1, ">= 0"), ("scorer_width", 12, "a multiple of 8"),
     ("scorer_temperature", 0.001, "0.01 <= scorer_temperature"), ("scorer_drop", 1.0, "scorer_drop < 1"),
+    ("scorer_mirror", -0.1, ">= 0"), ("scorer_zoom", 1.0, "scorer_zoom < 1"), ("scorer_dropout", 1.0, "scorer_dropout < 1"),
     ("grad_steps", 9, "grad_steps <= diffusion_steps = 5")])
 def test_config_refuses_what_cannot_work(field, value, cure):
     with pytest.raises(ValueError, match=f"RewardConfig.{field}={value}: need .*{cure}"):
