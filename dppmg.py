@@ -577,7 +577,7 @@ class DPPMG(nn.Module):
     def seed_tables(self):
         """Start both generators' preference-token embeddings as what the codebooks say: a code's vector, turned into the
         generator's width by a random orthonormal map, so that the sum over the levels is the quantized preference.
-        DEVIATION 7: with random rows the generators must learn 4 x 32 meanings that the codebook already knows."""
+        DEVIATION 7: with random rows the generators must learn L x K meanings that the codebook already knows."""
         for m in MODALITIES:
             books = torch.stack([book.codebook for book in self.quantizer[m].codebooks])        # (L, K, D)
             self._set_table(m, books.flatten(0, 1) / books[0].square().sum(1).mean().sqrt().clamp(min=1e-8))

@@ -42,7 +42,7 @@ class TextConfig:
     context: int = 48             # longest text, tokens with the end token; longer texts are cut
     vocab_size: int = 512         # V: 3 special tokens + 256 bytes + merges
     null_rate: float = 0.15       # share of texts trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 2.5         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     temperature: float = 1.0      # of sampling; 0 is greedy
     top_p: float = 0.95           # probability mass of the nucleus sampled from; 1 is all (1904.09751)
     lr: float = 2e-3              # peak learning rate (AdamW), after a warm-up; falling to 0
@@ -509,14 +509,14 @@ class ImageConfig:
     layers: int = 1               # residual blocks at H/4, each way; one more at H/8
     heads: int = 4                # attention heads; must divide 2 width
     null_rate: float = 0.15       # share of pictures trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 2.5         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     sampling_steps: int = 8       # S, DDIM steps
     eta: float = 1.0              # DDIM noise: 0 none, 1 ancestral: steps are Gaussian (2010.02502)
     lr: float = 2e-3              # peak learning rate of the denoiser (AdamW), falling to 0 from half-way on
     weight_decay: float = 0.01    # AdamW, of autoencoder and denoiser
     ema: float = 0.998            # decay per step of the mean of the denoiser's weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
-    steps: int = 2400             # optimizer steps of the denoiser
+    steps: int = 2800             # optimizer steps of the denoiser
     time_mean: float = 0.7        # mean of a training time's logit; > 0 favours noise (2403.03206)
     time_std: float = 1.2         # standard deviation of a training time's logit
 

@@ -33,12 +33,12 @@ class RewardConfig:
     scorer_zoom: float = 0.25         # at most so much of a picture's side is cut off in training, the rest enlarged
     scorer_dropout: float = 0.3       # probability of dropping a feature of a picture before the last layer, in training
     scorer_drop: float = 0.1          # probability of hiding a text token from the scorer in training
-    rounds: int = 80                  # REINFORCE updates; 0 = no reward stage
+    rounds: int = 100                 # REINFORCE updates; 0 = no reward stage
     groups: int = 64                  # G, (user, prompt) groups in a round
     images: int = 4                   # S_i, images sampled in a group
     texts: int = 8                    # S_t, texts sampled in a group: cheaper than images
-    lr_image: float = 0.06            # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
-    lr_text: float = 0.005            # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
+    lr_image: float = 0.07            # learning rate of the image token table (Adam 0.9, 0.95), falling to 0
+    lr_text: float = 0.0033           # learning rate of the text token table (Adam 0.9, 0.95), falling to 0
     diffusion_steps: int = 5          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
     grad_steps: int = 1               # of these, the first ones, which are differentiated
     kl_weight: float = 0.0            # weight of the KL from the starting tokens, per nat (bounds the drift)
