@@ -438,6 +438,8 @@ class MethodConfig:
         for name, low in (("seed", 0), ("image_features", 1), ("text_features", 1), ("bf16", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"MethodConfig.{name}={getattr(self, name)}: need {name} >= {low}")
+        if self.bf16 not in (0, 1):
+            raise ValueError(f"MethodConfig.bf16={self.bf16}: need 0 or 1")
 
 
 @dataclass(frozen=True)
@@ -700,7 +702,7 @@ class DPPMG(nn.Module):
         tokens, text_args = self._rollout_texts(user, prompt, generator)
         n_groups, latents = len(user), chain[-1]
         with torch.no_grad():
-            image_emb = self.scorer.encode_image(self.decode_latents(latents)).unflatten(0, (n_groups, -1))         # (G, S_i, D)
+            image_emb = self.scorer.encode_image(self.decode_latents(latents)).unflatten(0, (n_groups, -1))     # (G, S_i, D)
             text_emb = self.scorer.encode_text(tokens).unflatten(0, (n_groups, -1))             # (G, S_t, D)
             s_image = self.score("image", self.preference_image[user].repeat_interleave(cfg.images, 0), latents)
             s_text = self.score("text", self.preference_text[user].repeat_interleave(cfg.texts, 0), tokens)

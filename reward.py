@@ -20,8 +20,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class RewardConfig:
     """Settings of the scorer (and its twin, the judge), of the reward and of REINFORCE."""
-    lambda_c: float = 3.0             # weight of the consistency of image and text (DESIGN 1.6)
-    lambda_p: float = 1.0             # weight of the personalization score of stage 1 (DESIGN 1.6)
+    lambda_c: float = 3.0             # weight of the consistency of image and text (ours)
+    lambda_p: float = 1.0             # weight of the personalization score of stage 1 (ours)
     scorer_width: int = 32            # channels of the scorer's first convolution; text: twice as wide
     scorer_dim: int = 64              # D, width of the shared embedding
     scorer_steps: int = 300           # optimizer steps of the scorer, and again of the judge

@@ -247,7 +247,7 @@ def read_text(text: str) -> tuple[int, int, int]:
 
 # ---- a run: stages that can be killed and resumed -------------------------------------------------------------------
 
-KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables", "discord")     # of a Run in its checkpoint, beside the modules
+KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables", "discord")     # of a Run in its checkpoint
 
 
 class Diverged(RuntimeError):
@@ -258,7 +258,7 @@ class Run:
     """What a run consists of between its stages: settings, data, model, and all that its files are written from.
 
     modules: what training changes, saved whole; tables: the preference-token tables as they were before the reward; discord
-    (users in training,): 1 - the mean cosine of a user's images and texts when the reward last saw them, 1 before.
+    (users in training,): 1 - the mean cosine of a user's images and texts when the reward last made some, 1 before.
     All randomness comes from generator(stage, step), so the state that a checkpoint needs is modules, optimizer, step."""
 
     def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None, out: Path, device: torch.device):
@@ -359,7 +359,11 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable
     params = [p for group in optimizer.param_groups for p in group["params"]]
     peaks, first = [group["lr"] for group in optimizer.param_groups], run.step
     if run.optimizer_state:
-        optimizer.load_state_dict(run.optimizer_state)
+        try:
+            optimizer.load_state_dict(run.optimizer_state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{run.out / 'checkpoint.pt'}: its optimizer does not fit stage {run.stage} "
+                                  f"({type(error).__name__}); choose another --out") from None
         run.optimizer_state = None
     bar = tqdm(range(first, steps), run.stage, initial=first, total=steps, disable=not sys.stderr.isatty(), leave=False)
     for step in bar:
@@ -590,9 +594,14 @@ def train_referee(run: Run) -> str:
     return "right on fresh stickers: " + ", ".join(f"{n} {share:.1%}" for n, share in run.metrics["referee"].items())
 
 
+def draw_by_discord(discord: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """DEVIATION 19: the users of a round, who differ, in proportion to the square of discord (U,) > 0: those whose image and
+    text agree already have little to learn. -> (min(n, U),) int64 in [0, U)."""
+    return torch.multinomial(discord.square(), min(n, len(discord)), generator=generator)
+
+
 def train_reward(run: Run) -> str:
-    """REINFORCE: the token tables, and nothing else, learn to please the reward.
-    DEVIATION 19: a round's users are drawn in proportion to discord^2: those whose image and text agree have little to learn."""
+    """REINFORCE: the token tables, and nothing else, learn to please the reward."""
     cfg, model = run.cfg.reward, run.model
     tables = {m: getattr(model, m).preference.weight for m in MODALITIES}
     if run.step == 0:
@@ -603,11 +612,11 @@ def train_reward(run: Run) -> str:
     optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
 
     def losses(generator):
-        row = torch.multinomial(run.discord.square(), min(cfg.groups, len(run.users)), generator=generator)
+        row = draw_by_discord(run.discord, cfg.groups, generator)
         user, with_kl = run.users[row], cfg.kl_weight > 0 or (run.step + 1) % cfg.log_every == 0
         prompt = run.prompt[sample_positives(model.graph, user, generator)]
         step = model.reinforce_step(user, prompt, run.tables, with_kl, generator)
-        run.discord[row] = 1 - step.parts.consistency
+        run.discord[row] = (1 - step.parts.consistency).clamp(min=1e-3)
         kl = {"kl_image": step.kl_image, "kl_text": step.kl_text} if with_kl else {}
         return {"loss": step.loss} | {name: value.mean() for name, value in step.parts._asdict().items()} | kl
 

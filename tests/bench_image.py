@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 80 96] [--steps 16] [--repeat 5]
 64 latents 8x8x4, 5 condition tokens (1 prompt word, 4 preference tokens), guidance 2. The best of --repeat
-runs, taken in turn so that a busy machine slows all alike. Width 80 and the U-Net: 2 M parameters each."""
+runs, taken in turn so that a busy machine slows all alike. Width 80 and the U-Net: 2 M parameters each. Both
+also under bf16 autocast, as train.py computes where the processor has instructions for it."""
 
 import argparse
 import importlib.util
@@ -96,6 +97,7 @@ def main():
     jobs |= autoencoder_jobs()
     if importlib.util.find_spec("diffusers"):
         jobs |= diffusers_jobs(args.steps)
+    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()}
     best = {name: (float("inf"), float("inf")) for name in jobs}
     for _ in range(args.repeat):
         for name, job in jobs.items():
@@ -105,10 +107,10 @@ def main():
             best[name] = tuple(map(min, best[name], taken))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {BATCH}, {args.steps} steps")
     for name, (wall, cpu) in best.items():
-        print(f"{name:38s} {wall * 1e3:8.1f} ms wall {cpu * 1e3:8.1f} ms CPU")
+        print(f"{name:45s} {wall * 1e3:8.1f} ms wall {cpu * 1e3:8.1f} ms CPU")
     for name, (wall, cpu) in best.items():
         peer = next((p for p in best if p.startswith("diffusers") and p.endswith(name.split(":")[1])), None)
-        if name.startswith("width") and peer:
+        if name.startswith("width") and peer:       # fp32 with fp32, bf16 with bf16
             print(f"{name}: {best[peer][0] / wall:.1f} times diffusers' speed by the clock, "
                   f"{best[peer][1] / cpu:.1f} by CPU time")
 

@@ -210,6 +210,19 @@ def test_negatives_on_a_large_random_graph():
     assert positive[drawn_for, pos].all() and not positive[drawn_for, neg].any()
 
 
+def test_positives_are_uniform_over_each_users_items(graph):
+    """4,000 draws for every user who has an item: each of the n items gets 4,000 / n, within 5 standard errors."""
+    degree = graph.row_ptr[:graph.n_users + 1].diff().long()
+    users = degree.nonzero()[:, 0]
+    item = gnn.sample_positives(graph, users.repeat(4000), seeded(1)).view(4000, -1)
+    for column, u in zip(item.T, users.tolist()):
+        own = (graph.col[graph.row_ptr[u]:graph.row_ptr[u + 1]] - graph.n_users).long()
+        count = column.bincount(minlength=graph.n_items).double()
+        assert count[own].sum() == 4000                         # never an item that the user lacks
+        p = 1 / len(own)
+        assert (count[own] - 4000 * p).abs().max() <= 5 * (4000 * p * (1 - p)) ** 0.5
+
+
 def test_triplets_are_uniform_over_users_and_over_each_users_items(graph):
     n = 40000
     user, pos, neg = gnn.sample_triplets(graph, n, seeded())

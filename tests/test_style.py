@@ -39,7 +39,7 @@ def test_imports_point_one_way_and_to_six_packages(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module):
     text, tree = parse(module)
-    most = 1180 if module == "train" else 900       # README, deviation 15
+    most = 1200 if module == "train" else 900       # README, deviation 15
     assert text.count("\n") <= most, f"{module}.py has {text.count(chr(10))} lines"
     for node in functions(tree):
         prose = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0

@@ -20,6 +20,7 @@ from conftest import ROOT, spawn
 from kill_resume import differences
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 
 import train
 from dppmg import MODALITIES, NEW, TEST, TRAIN, VALID, CheckpointError, Dataset, read_checkpoint
@@ -384,6 +385,30 @@ def test_the_reward_changes_the_two_tables_and_no_other_bit(spare, smoke):
     assert all(p.requires_grad for p in spare.model.parameters())
 
 
+def test_users_are_drawn_by_the_square_of_their_discord_and_differ():
+    discord, g = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.Generator().manual_seed(0)
+    first = torch.cat([train.draw_by_discord(discord, 1, g) for _ in range(4000)]).bincount(minlength=4) / 4000
+    assert_close(first, discord.square() / discord.square().sum(), atol=0.04, rtol=0)        # 5 standard errors
+    assert sorted(train.draw_by_discord(discord, 9, g).tolist()) == [0, 1, 2, 3]            # more than there are
+
+
+def test_discord_is_what_the_last_pairs_lacked_in_agreement(spare, monkeypatch):
+    """Each round: the users that were drawn, and only they, get 1 - the mean cosine of their new pairs."""
+    before_reward(spare)
+    spare.cfg = replace(spare.cfg, reward=replace(spare.cfg.reward, rounds=2, log_every=9))
+    monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
+    want, step = torch.ones(len(spare.users)), spare.model.reinforce_step
+
+    def noted(user, *rest):
+        assert torch.equal(spare.discord, want)
+        found = step(user, *rest)
+        want[torch.searchsorted(spare.users, user)] = 1 - found.parts.consistency
+        return found
+    monkeypatch.setattr(spare.model, "reinforce_step", noted)
+    train.train_reward(spare)
+    assert torch.equal(spare.discord, want) and 0 < (want != 1).sum() < len(want)
+
+
 def test_rows_that_nobody_has_stay_to_the_bit_and_weight_decay_would_be_caught(spare, monkeypatch):
     spare.cfg = replace(spare.cfg, reward=replace(spare.cfg.reward, rounds=2, log_every=9))
     monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
@@ -501,6 +526,13 @@ def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare
         weight.data.fill_(math.nan)
         spare.save()
     assert digest(spare.out) == before
+
+
+def test_an_optimizer_of_another_stage_is_refused_by_name(spare):
+    spare.modules["toy"], spare.stage, spare.step = nn.Linear(2, 2), "toy", 0
+    spare.optimizer_state = {"state": {}, "param_groups": []}
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: its optimizer does not fit stage toy \(ValueError\)"):
+        train.fit(spare, train.adamw(spare.modules["toy"], 0.01), 1, lambda generator: {})
 
 
 # ---- what a run leaves
