@@ -623,7 +623,7 @@ def train_reward(run: Run) -> str:
     def after(step):
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
             watch(run)
-    fit(run, optimizer, cfg.rounds, losses, lambda x: 1 - x, after, every=1, clip=math.inf)
+    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, warm=0.1, hold=0.7), after, every=1, clip=math.inf)
     model.requires_grad_(True)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
