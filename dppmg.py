@@ -606,9 +606,10 @@ class DPPMG(nn.Module):
     # stage 2
 
     def half(self, on_cpu: bool = True) -> contextlib.AbstractContextManager:
-        """Within it networks compute in bf16, where that is faster: on GPUs, and on processors with instructions for it (images:
-        training 1.6, sampling 2.1 times as fast). Weights, sums and log-probabilities stay fp32. Not on_cpu for the text
-        decoder: its many small products lose more by the casts there than they gain. Nowhere for graph, codebook and scorer."""
+        """DEVIATION 20: within it networks compute in bf16, where that is faster: on GPUs, and on processors with
+        instructions for it (images: training 1.6, sampling 2.1 times as fast). Weights, sums and log-probabilities stay
+        fp32. Not on_cpu for the text decoder: its many small products lose more by the casts there than they gain. Nowhere
+        for graph, codebook and scorer."""
         kind = self.preference_image.device.type
         able = kind == "cuda" or on_cpu and kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
         return torch.autocast(kind, torch.bfloat16) if able and self.cfg.method.bf16 else contextlib.nullcontext()

@@ -176,7 +176,7 @@ class Scorer(nn.Module):
 
     def augment(self, images: Tensor, tokens: Tensor,
                 generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Training only, against learning the items by heart: each picture, at 32 x 32, moved by up to
+        """DEVIATION 21. Training only, against learning the items by heart: each picture, at 32 x 32, moved by up to
         scorer_shift pixels either way (its edges repeated), mirrored with probability scorer_mirror, and enlarged, so
         that a random window remains, 1 - scorer_zoom of the side or more; each token hidden (made PAD) with
         probability scorer_drop.  images (B, 3, H, H), tokens (B, T) -> (B, 3, 32, 32), (B, T).
@@ -323,7 +323,7 @@ def token_optimizer(tables: dict[str, Tensor], cfg: RewardConfig) -> torch.optim
     A row that no sample used has no gradient.  AdamW still shrinks it, by lr * weight_decay a round; Adam
     leaves a row that was never used as it is, to the bit.  A row used before goes on for some rounds by its
     momentum, that is by its own earlier gradients (per-row moments that wait instead learnt less).  A code is
-    in few groups a round: with 0.95 for 0.99 the second moment is noise, and steps are signs (README, ledger 22)."""
+    in few groups a round: with 0.95 for 0.99 the second moment is noise, and steps are signs (DEVIATION 22)."""
     groups = [{"params": [table], "lr": getattr(cfg, f"lr_{m}")} for m, table in tables.items()]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), weight_decay=0.0)
 
