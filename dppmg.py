@@ -622,11 +622,12 @@ class DPPMG(nn.Module):
         return images.to(latents.dtype).clamp(-1, 1)
 
     def sample_chain(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
-                     steps: int | None = None) -> Tensor:
-        """Diffusion chain (S + 1, B, C, h, h) at the configured guidance; prompt (B, P), prefs (B, M), -1 null."""
+                     steps: int | None = None, group: int = 1) -> Tensor:
+        """Diffusion chain (S + 1, B, C, h, h) at the configured guidance; prompt (B, P), prefs (B, M), -1 null; group: so many
+        rows start from the same noise."""
         cfg = self.cfg.image
         with self.half():
-            return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta)
+            return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta, group)
 
     def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
                       top_p: float | None = None) -> Tensor:
@@ -717,8 +718,11 @@ class DPPMG(nn.Module):
         return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
 
     def _rollout_images(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        args = tuple(x.repeat_interleave(self.cfg.reward.images, 0) for x in (prompt, self.tokens_image[user]))
-        return self.sample_chain(*args, generator, self.cfg.reward.diffusion_steps), args
+        """DEVIATION 23: the images of a group start from the same noise. Their first step, the one that is differentiated, is
+        then one step of the network for all of them, and what the noise decides is part of the baseline."""
+        cfg = self.cfg.reward
+        args = tuple(x.repeat_interleave(cfg.images, 0) for x in (prompt, self.tokens_image[user]))
+        return self.sample_chain(*args, generator, cfg.diffusion_steps, cfg.images), args
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
@@ -728,7 +732,7 @@ class DPPMG(nn.Module):
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""
         loss = kl = chain.new_zeros(())
         for k in range(min(self.cfg.reward.grad_steps, len(chain) - 2)):
-            step = (chain, k, *args, self.cfg.image.guidance, self.cfg.image.eta)
+            step = (chain, k, *args, self.cfg.image.guidance, self.cfg.image.eta, self.cfg.reward.images)
             with self.half():
                 mean, std = transition(self.image, *step)
             loss = loss + reinforce_loss(gaussian_log_prob(chain[k + 1], mean, std), advantage)

@@ -763,29 +763,43 @@ def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Te
     return torch.lerp(_at_least_fp32(v_null), _at_least_fp32(v), guidance)
 
 
+def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float, eta: float,
+               group: int) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, h, h) and std () of chain[k + 1] given chain[k]; at k = 0 the rows of a group are one."""
+    n, times = group if k == 0 else 1, sampling_times(len(chain) - 1, chain)
+    z, prompt, prefs = (x[::n] for x in (chain[k], prompt, prefs))
+    v = guided_v(denoiser, z, times[k], prompt, prefs, guidance)
+    mean, std = ddim_step(z, v, times[k], times[k + 1], eta)
+    return (mean.repeat_interleave(n, 0) if n > 1 else mean), std
+
+
 @torch.no_grad()
 def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
                    generator: torch.Generator | None = None, guidance: float = 1.0, steps: int = 8,
-                   eta: float = 1.0) -> Tensor:
+                   eta: float = 1.0, group: int = 1) -> Tensor:
     """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1].
     prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the
     last is Gaussian, and transition() gives its density. The generator, on the denoiser's device, advances by
-    the same amount whatever is sampled. Raises ValueError if steps < 1 or eta is outside [0, 1]."""
+    the same amount whatever is sampled. group: so many rows in a row have the same condition and start from
+    the same noise, so that their first step is computed once; from there on they go apart (eta > 0).
+    Raises ValueError if steps < 1, eta is outside [0, 1], or B is no multiple of group."""
     if steps < 1 or not 0 <= eta <= 1:
         raise ValueError(f"sample_latents: steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1")
+    if group < 1 or len(prompt) % group:
+        raise ValueError(f"sample_latents: group={group} for {len(prompt)} rows: need a divisor of their number")
     weight, side = denoiser.conv_in.weight, denoiser.cfg.size // 4
     shape = (steps + 1, len(prompt), denoiser.cfg.latent, side, side)
     chain = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
-    times = sampling_times(steps, chain)
+    if group > 1:
+        chain[0] = chain[0, ::group].repeat_interleave(group, 0)
     for k in range(steps):      # chain[k + 1] holds the noise of its step until it becomes the sample
-        v = guided_v(denoiser, chain[k], times[k], prompt, prefs, guidance)
-        mean, std = ddim_step(chain[k], v, times[k], times[k + 1], eta)
+        mean, std = _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, group)
         chain[k + 1] = mean + std * chain[k + 1]
     return chain
 
 
 def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float,
-               eta: float) -> tuple[Tensor, Tensor]:
+               eta: float, group: int = 1) -> tuple[Tensor, Tensor]:
     """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it
     with the same settings; log N(chain[k + 1]; mean, std^2), summed over the latent, is the step's
     log-probability (DDPO, 2305.13301v4, Sec. 4.2). chain (S + 1, B, C, h, h), prompt (B, P), prefs (B, M).
@@ -794,9 +808,7 @@ def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
     if not 0 <= k < steps - 1 or eta == 0:
         raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density: need "
                          f"0 <= k < {steps - 1} and eta > 0")
-    times = sampling_times(steps, chain)
-    v = guided_v(denoiser, chain[k], times[k], prompt, prefs, guidance)
-    return ddim_step(chain[k], v, times[k], times[k + 1], eta)
+    return _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, group)
 
 
 # Training ---------------------------------------------------------------------------------------------------

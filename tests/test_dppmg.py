@@ -348,7 +348,7 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     prefs = {m: getattr(model, f"tokens_{m}")[list(users)] for m in MODALITIES}
     n_image, n_text = cfg.reward.images, cfg.reward.texts
     chain = model.sample_chain(prompt.repeat_interleave(n_image, 0),
-                               prefs["image"].repeat_interleave(n_image, 0), g, 5)
+                               prefs["image"].repeat_interleave(n_image, 0), g, 5, n_image)      # one noise a group
     texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0),
                                 prefs["text"].repeat_interleave(n_text, 0), g, top_p=1.0)
     pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0

@@ -562,6 +562,37 @@ def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(
     assert_close(chain[-1], last)                                   # no noise at the last step
 
 
+@pytest.mark.parametrize("guidance, eta", [(1.0, 1.0), (2.0, 0.6)])
+def test_a_group_starts_from_one_noise_and_goes_apart_by_the_same_steps(guidance, eta):
+    """Against the chain of one row at a time, value and gradient; each row's own noise from the first step on."""
+    net, (_, _, prompt, prefs) = tiny(codes=4), batch(4)
+    net.requires_grad_(False).preference.requires_grad_(True)
+    prompt, prefs = prompt.repeat_interleave(3, 0), prefs.clamp(min=0).repeat_interleave(3, 0)
+    free = sample_latents(net, prompt, prefs, rng(3), guidance, 4, eta)
+    chain = sample_latents(net, prompt, prefs, rng(3), guidance, 4, eta, group=3)
+    assert torch.equal(chain[0], free[0, ::3].repeat_interleave(3, 0))      # the noise that would be drawn anyway
+    z = chain[0].unflatten(0, (4, 3))
+    assert (z[:, 0] == z[:, 1]).all() and (z[0] != z[1]).any()
+    assert (chain[1].unflatten(0, (4, 3)).diff(dim=1).abs().amax((1, 2, 3, 4)) > 0.1).all()
+    for k in range(3):
+        mean, std = transition(net, chain, k, prompt, prefs, guidance, eta, group=3)
+        want, want_std = hand_step(net, chain[k], k, 4, prompt, prefs, guidance, eta)
+        assert_close(mean, want)
+        assert_close(std.item(), want_std)
+        noise = ((chain[k + 1] - want) / want_std).flatten(1)
+        assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.9
+        if k == 0:
+            assert_close(noise, ((free[1] - hand_step(net, free[0], 0, 4, prompt, prefs, guidance, eta)[0]) / want_std).flatten(1))
+        weight = torch.randn(mean.shape, generator=rng(4), dtype=mean.dtype)
+        gradients = [torch.autograd.grad((weight * transition(net, chain, k, prompt, prefs, guidance, eta, n)[0]).sum(),
+                                         net.preference.weight)[0] for n in (1, 3)]
+        assert_close(*gradients)
+    assert_close(chain[-1], hand_step(net, chain[-2], 3, 4, prompt, prefs, guidance, eta)[0])
+    for group in (0, 5):
+        with pytest.raises(ValueError, match=f"group={group} for 12 rows: need a divisor"):
+            sample_latents(net, prompt, prefs, rng(), group=group)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_eta_0_is_a_function_of_the_first_noise_and_eta_1_is_not(guidance):
     net, (_, _, prompt, prefs) = tiny(), batch()
