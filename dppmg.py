@@ -627,7 +627,8 @@ class DPPMG(nn.Module):
         rows start from the same noise."""
         cfg = self.cfg.image
         with self.half():
-            return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta, group)
+            return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta,
+                                  cfg.guidance_until, group)
 
     def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
                       top_p: float | None = None) -> Tensor:
@@ -730,9 +731,9 @@ class DPPMG(nn.Module):
 
     def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""
-        loss = kl = chain.new_zeros(())
+        loss, kl, cfg = chain.new_zeros(()), chain.new_zeros(()), self.cfg.image
         for k in range(min(self.cfg.reward.grad_steps, len(chain) - 2)):
-            step = (chain, k, *args, self.cfg.image.guidance, self.cfg.image.eta, self.cfg.reward.images)
+            step = (chain, k, *args, cfg.guidance, cfg.eta, cfg.guidance_until, self.cfg.reward.images)
             with self.half():
                 mean, std = transition(self.image, *step)
             loss = loss + reinforce_loss(gaussian_log_prob(chain[k + 1], mean, std), advantage)

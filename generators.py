@@ -42,7 +42,7 @@ class TextConfig:
     context: int = 48             # longest text, tokens with the end token; longer texts are cut
     vocab_size: int = 512         # V: 3 special tokens + 256 bytes + merges
     null_rate: float = 0.15       # share of texts trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.5         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 3.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
     temperature: float = 1.0      # of sampling; 0 is greedy
     top_p: float = 0.95           # probability mass of the nucleus sampled from; 1 is all (1904.09751)
     lr: float = 2e-3              # peak learning rate (AdamW), after a warm-up; falling to 0
@@ -509,7 +509,8 @@ class ImageConfig:
     layers: int = 1               # residual blocks at H/4, each way; one more at H/8
     heads: int = 4                # attention heads; must divide 2 width
     null_rate: float = 0.15       # share of pictures trained with null preferences, for guidance (2207.12598)
-    guidance: float = 2.5         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance: float = 3.0         # w: 0 ignores the preference tokens, 1 is as trained (2207.12598)
+    guidance_until: float = 0.5   # time from which on w is at most 1: what is left are details (2404.07724)
     sampling_steps: int = 8       # S, DDIM steps
     eta: float = 1.0              # DDIM noise: 0 none, 1 ancestral: steps are Gaussian (2010.02502)
     lr: float = 2e-3              # peak learning rate of the denoiser (AdamW), falling to 0 from half-way on
@@ -530,7 +531,8 @@ class ImageConfig:
         _need(self, "heads", 2 * self.width % self.heads == 0, f"a divisor of 2 width = {2 * self.width}")
         for name in ("null_rate", "ema"):
             _need(self, name, getattr(self, name) < 1, f"0 <= {name} < 1")
-        _need(self, "eta", self.eta <= 1, "0 <= eta <= 1")
+        for name in ("eta", "guidance_until"):
+            _need(self, name, getattr(self, name) <= 1, f"0 <= {name} <= 1")
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
@@ -764,11 +766,12 @@ def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Te
 
 
 def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float, eta: float,
-               group: int) -> tuple[Tensor, Tensor]:
+               until: float, group: int) -> tuple[Tensor, Tensor]:
     """Mean (B, C, h, h) and std () of chain[k + 1] given chain[k]; at k = 0 the rows of a group are one."""
-    n, times = group if k == 0 else 1, sampling_times(len(chain) - 1, chain)
+    n, steps = group if k == 0 else 1, len(chain) - 1
+    times, late = sampling_times(steps, chain), T_MAX * (1 - k / steps) <= until        # without a look at times
     z, prompt, prefs = (x[::n] for x in (chain[k], prompt, prefs))
-    v = guided_v(denoiser, z, times[k], prompt, prefs, guidance)
+    v = guided_v(denoiser, z, times[k], prompt, prefs, min(guidance, 1.0) if late else guidance)
     mean, std = ddim_step(z, v, times[k], times[k + 1], eta)
     return (mean.repeat_interleave(n, 0) if n > 1 else mean), std
 
@@ -776,12 +779,13 @@ def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
 @torch.no_grad()
 def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
                    generator: torch.Generator | None = None, guidance: float = 1.0, steps: int = 8,
-                   eta: float = 1.0, group: int = 1) -> Tensor:
+                   eta: float = 1.0, until: float = 0.0, group: int = 1) -> Tensor:
     """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1].
     prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the
     last is Gaussian, and transition() gives its density. The generator, on the denoiser's device, advances by
-    the same amount whatever is sampled. group: so many rows in a row have the same condition and start from
-    the same noise, so that their first step is computed once; from there on they go apart (eta > 0).
+    the same amount whatever is sampled. until: the time from which on nothing is guided (2404.07724v2): a
+    guided step costs two. group: so many rows in a row have the same condition and start from the same noise,
+    so that their first step is computed once; from there on they go apart (eta > 0).
     Raises ValueError if steps < 1, eta is outside [0, 1], or B is no multiple of group."""
     if steps < 1 or not 0 <= eta <= 1:
         raise ValueError(f"sample_latents: steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1")
@@ -793,13 +797,13 @@ def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
     if group > 1:
         chain[0] = chain[0, ::group].repeat_interleave(group, 0)
     for k in range(steps):      # chain[k + 1] holds the noise of its step until it becomes the sample
-        mean, std = _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, group)
+        mean, std = _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, until, group)
         chain[k + 1] = mean + std * chain[k + 1]
     return chain
 
 
 def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float,
-               eta: float, group: int = 1) -> tuple[Tensor, Tensor]:
+               eta: float, until: float = 0.0, group: int = 1) -> tuple[Tensor, Tensor]:
     """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it
     with the same settings; log N(chain[k + 1]; mean, std^2), summed over the latent, is the step's
     log-probability (DDPO, 2305.13301v4, Sec. 4.2). chain (S + 1, B, C, h, h), prompt (B, P), prefs (B, M).
@@ -808,7 +812,7 @@ def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
     if not 0 <= k < steps - 1 or eta == 0:
         raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density: need "
                          f"0 <= k < {steps - 1} and eta > 0")
-    return _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, group)
+    return _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, until, group)
 
 
 # Training ---------------------------------------------------------------------------------------------------

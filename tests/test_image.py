@@ -539,14 +539,16 @@ def hand_step(net, z, k, steps, prompt, prefs, guidance, eta):
     return slow_ddim(z, math.sqrt(1 - bar(t)) * z + math.sqrt(bar(t)) * v, bar(t), bar(s), eta)
 
 
-@pytest.mark.parametrize("guidance, eta", [(1.0, 1.0), (2.0, 1.0), (2.0, 0.4), (0.0, 0.7)])
-def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(guidance, eta):
+@pytest.mark.parametrize("guidance, eta, until, guided", [
+    (1.0, 1.0, 0.0, 4), (2.0, 1.0, 0.0, 4), (2.0, 0.4, 0.5, 2), (2.0, 1.0, 0.3, 3), (2.0, 1.0, 0.98, 0), (0.0, 0.7, 0.5, 4)])
+def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(guidance, eta, until, guided):
+    """Steps start at times 0.98, 0.735, 0.49, 0.245: so many of them are guided; w = 0 stays 0."""
     net, (_, _, prompt, prefs), steps = tiny(), batch(64), 4
-    chain, noise = sample_latents(net, prompt, prefs, rng(3), guidance, steps, eta), []
+    chain, noise = sample_latents(net, prompt, prefs, rng(3), guidance, steps, eta, until), []
     noise.append(chain[0].flatten())
     for k in range(steps - 1):
-        mean, std = hand_step(net, chain[k], k, steps, prompt, prefs, guidance, eta)
-        got_mean, got_std = transition(net, chain, k, prompt, prefs, guidance, eta)
+        mean, std = hand_step(net, chain[k], k, steps, prompt, prefs, guidance if k < guided else 1.0, eta)
+        got_mean, got_std = transition(net, chain, k, prompt, prefs, guidance, eta, until)
         assert_close(got_mean, mean)
         assert_close(got_std.item(), std)
         distance = (chain[k + 1] - got_mean) / got_std
@@ -557,7 +559,7 @@ def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(
         assert scipy.stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
     correlation = torch.corrcoef(torch.stack(noise)) - torch.eye(len(noise))
     assert correlation.abs().max() < 5 / math.sqrt(len(noise[0]))
-    last, std = hand_step(net, chain[-2], steps - 1, steps, prompt, prefs, guidance, eta)
+    last, std = hand_step(net, chain[-2], steps - 1, steps, prompt, prefs, guidance if guided == steps else 1.0, eta)
     assert std == 0
     assert_close(chain[-1], last)                                   # no noise at the last step
 
@@ -584,7 +586,7 @@ def test_a_group_starts_from_one_noise_and_goes_apart_by_the_same_steps(guidance
         if k == 0:
             assert_close(noise, ((free[1] - hand_step(net, free[0], 0, 4, prompt, prefs, guidance, eta)[0]) / want_std).flatten(1))
         weight = torch.randn(mean.shape, generator=rng(4), dtype=mean.dtype)
-        gradients = [torch.autograd.grad((weight * transition(net, chain, k, prompt, prefs, guidance, eta, n)[0]).sum(),
+        gradients = [torch.autograd.grad((weight * transition(net, chain, k, prompt, prefs, guidance, eta, group=n)[0]).sum(),
                                          net.preference.weight)[0] for n in (1, 3)]
         assert_close(*gradients)
     assert_close(chain[-1], hand_step(net, chain[-2], 3, 4, prompt, prefs, guidance, eta)[0])
