@@ -955,6 +955,23 @@ def test_too_little_data_is_refused_before_anything_is_learnt(tmp_path, capsys):
     assert "2 users to test on (need 3)" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_users_who_are_all_alike_are_an_oddity_that_works(tmp_path):
+    """The same 20 of 40 items, in the same order: one taste, which all have learnt by heart; tokens mostly collide."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    (data / "images").mkdir(parents=True)
+    for n in range(40):
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(data / "images" / f"i{n}.png")
+    (data / "items.csv").write_text("item,text,prompt\n" + "".join(f"i{n},thing {n},p{n % 2}\n" for n in range(40)))
+    likes = "".join(f"u{u},i{n},{n}\n" for u in range(20) for n in range(20))
+    (data / "interactions.csv").write_text("user,item,timestamp\n" + likes)
+    assert main("--smoke", "--data", data, "--out", tmp_path / "run") == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["stage1"]["recall@20"] == 1
+    assert all(health["collision_rate"] > 0.5 for health in found["codebook"].values())
+    for variant, measured in found["generation"].items():
+        assert all(math.isfinite(v["mean"]) for v in measured.values()), variant
+
+
 def test_a_diverged_run_names_stage_and_step_and_leaves_a_checkpoint_that_loads(tmp_path, capsys):
     few = [x for name in ("image-ae", "gnn", "vq") for x in (f"--{name}-steps", "2")]
     out = tmp_path / "run"
