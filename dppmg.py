@@ -631,11 +631,11 @@ class DPPMG(nn.Module):
                                   cfg.guidance_until, group)
 
     def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
-                      top_p: float | None = None) -> Tensor:
-        """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
+                      top_p: float | None = None, group: int = 1) -> Tensor:
+        """Text tokens (B, T) at the configured guidance, temperature and nucleus; group: so many rows are alike."""
         cfg = self.cfg.text
         return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p or cfg.top_p,
-                           min(cfg.context, self.catalogue.max_tokens)).tokens
+                           min(cfg.context, self.catalogue.max_tokens), group).tokens
 
     @torch.no_grad()
     def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
@@ -727,7 +727,7 @@ class DPPMG(nn.Module):
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self.sample_tokens(*args, generator, top_p=1.0), args     # a nucleus would make the KL infinite
+        return self.sample_tokens(*args, generator, 1.0, self.cfg.reward.texts), args     # a nucleus would make the KL infinite
 
     def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""

@@ -312,6 +312,10 @@ class Cache(NamedTuple):
     present: Tensor     # (B, P + M + T) bool: all but the prompt's padding
     n_prefix: int       # P + M
 
+    def repeat(self, n: int) -> "Cache":
+        """Each row n times."""
+        return Cache(self.memory.repeat_interleave(n, 1), self.present.repeat_interleave(n, 0), self.n_prefix)
+
 
 class TextDecoder(Conditioned):
     """GPT-style decoder p(y | prompt words, preference tokens); the condition is a prefix of the sequence:
@@ -390,6 +394,12 @@ class Sampled(NamedTuple):
     log_prob: Tensor    # (B,)   nats, summed over the sampled tokens, EOS included
 
 
+def _check_group(what: str, group: int, rows: int):
+    """Groups of rows with one condition must fill the batch."""
+    if group < 1 or rows % group:
+        raise ValueError(f"{what}: group={group} for {rows} rows: need a divisor of their number")
+
+
 def _at_least_fp32(x: Tensor) -> Tensor:
     """Sums and log-probabilities want fp32, whatever autocast gave; fp64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -435,21 +445,23 @@ def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, te
 @torch.no_grad()
 def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
                 guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
-                max_len: int | None = None) -> Sampled:
+                max_len: int | None = None, group: int = 1) -> Sampled:
     """A text for each row of prompt (B, P) and prefs (B, M), int64, -1 null: Sampled, tokens (B, T).
 
     T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
-    generator lives on prompt's device and advances by the same amount whatever is sampled. Raises ValueError
-    if max_len is outside [1, context], and as sampling_logits and Conditioned.embed do."""
+    generator lives on prompt's device and advances by the same amount whatever is sampled. group: so many rows
+    in a row have the same condition: their prefix is computed once. Raises ValueError if max_len is outside
+    [1, context] or B no multiple of group, and as sampling_logits and Conditioned.embed do."""
     batch, context = len(prompt), decoder.cfg.context
     max_len = context if max_len is None else max_len
     if not 1 <= max_len <= context:
         raise ValueError(f"sample_text: max_len={max_len}: need 1 <= max_len <= TextConfig.context={context}")
+    _check_group("sample_text", group, batch)
     uniform = torch.rand(max_len, batch, 1, generator=generator, device=prompt.device)
     guided = guidance != 1
     if guided:
         prompt, prefs = torch.cat([prompt, prompt]), torch.cat([prefs, torch.full_like(prefs, -1)])
-    cache = decoder.start(prompt, prefs, max_len)
+    cache = decoder.start(prompt[::group], prefs[::group], max_len).repeat(group)
     tokens = prompt.new_full((batch, max_len), PAD)
     token, done = prompt.new_full((batch,), BOS), prompt.new_zeros(batch, dtype=torch.bool)
     log_prob = 0.0
@@ -789,8 +801,7 @@ def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
     Raises ValueError if steps < 1, eta is outside [0, 1], or B is no multiple of group."""
     if steps < 1 or not 0 <= eta <= 1:
         raise ValueError(f"sample_latents: steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1")
-    if group < 1 or len(prompt) % group:
-        raise ValueError(f"sample_latents: group={group} for {len(prompt)} rows: need a divisor of their number")
+    _check_group("sample_latents", group, len(prompt))
     weight, side = denoiser.conv_in.weight, denoiser.cfg.size // 4
     shape = (steps + 1, len(prompt), denoiser.cfg.latent, side, side)
     chain = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)

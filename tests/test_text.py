@@ -362,6 +362,18 @@ def test_cached_sampling_equals_uncached_and_its_log_prob_the_steps_product(sett
         assert (log_prob == 0).all()
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_group_whose_prefix_is_computed_once_samples_the_same(guidance):
+    decoder, (_, prompt, prefs) = tiny(vocab=7), batch(size=4)
+    rows = prompt.repeat_interleave(6, 0), prefs.repeat_interleave(6, 0)
+    alone, together = (sample_text(decoder, *rows, torch.Generator().manual_seed(3), guidance, group=n) for n in (1, 6))
+    assert torch.equal(alone.tokens, together.tokens) and len(alone.tokens.unique(dim=0)) > 6
+    assert_close(alone.log_prob, together.log_prob)
+    for group in (0, 5):
+        with pytest.raises(ValueError, match=f"sample_text: group={group} for 24 rows: need a divisor"):
+            sample_text(decoder, *rows, group=group)
+
+
 def test_cached_logits_equal_forward():
     decoder, (tokens, prompt, prefs) = tiny(), batch()
     with torch.no_grad():
