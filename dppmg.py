@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from generators import (PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
+from generators import (PAD, Autoencoder, Denoiser, ImageConfig, Sampled, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
                         sample_latents, sample_text, table_as, text_distribution, transition)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
@@ -630,12 +630,14 @@ class DPPMG(nn.Module):
             return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta,
                                   cfg.guidance_until, group)
 
-    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
-                      top_p: float | None = None, group: int = 1) -> Tensor:
-        """Text tokens (B, T) at the configured guidance, temperature and nucleus; group: so many rows are alike."""
+    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
+        return self._sample_text(prompt, prefs, generator, self.cfg.text.top_p).tokens
+
+    def _sample_text(self, prompt, prefs, generator, top_p: float, group: int = 1, keep_null: bool = False) -> Sampled:
         cfg = self.cfg.text
-        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p or cfg.top_p,
-                           min(cfg.context, self.catalogue.max_tokens), group).tokens
+        return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p,
+                           min(cfg.context, self.catalogue.max_tokens), group, keep_null)
 
     @torch.no_grad()
     def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
@@ -702,8 +704,8 @@ class DPPMG(nn.Module):
         starting tokens: what a picture shows is decided there, and each other step adds variance and time."""
         cfg = self.cfg.reward
         chain, image_args = self._rollout_images(user, prompt, generator)
-        tokens, text_args = self._rollout_texts(user, prompt, generator)
-        n_groups, latents = len(user), chain[-1]
+        texts, text_args = self._rollout_texts(user, prompt, generator)
+        n_groups, latents, tokens = len(user), chain[-1], texts.tokens
         with torch.no_grad():
             image_emb = self.scorer.encode_image(self.decode_latents(latents)).unflatten(0, (n_groups, -1))     # (G, S_i, D)
             text_emb = self.scorer.encode_text(tokens).unflatten(0, (n_groups, -1))             # (G, S_t, D)
@@ -713,7 +715,7 @@ class DPPMG(nn.Module):
                 image_emb, text_emb, s_image.unflatten(0, (n_groups, -1)), s_text.unflatten(0, (n_groups, -1)), cfg)
         image_loss, kl_image = self._image_surrogate(chain, image_args, leave_one_out(reward_image).flatten(),
                                                      reference["image"] if with_kl else None)
-        text_loss, kl_text = self._text_surrogate(tokens, text_args, leave_one_out(reward_text).flatten(),
+        text_loss, kl_text = self._text_surrogate(texts, text_args, leave_one_out(reward_text).flatten(),
                                                   reference["text"] if with_kl else None)
         loss = image_loss + text_loss + cfg.kl_weight * (kl_image + kl_text)
         return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
@@ -725,9 +727,9 @@ class DPPMG(nn.Module):
         args = tuple(x.repeat_interleave(cfg.images, 0) for x in (prompt, self.tokens_image[user]))
         return self.sample_chain(*args, generator, cfg.diffusion_steps, cfg.images), args
 
-    def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Sampled, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self.sample_tokens(*args, generator, 1.0, self.cfg.reward.texts), args     # a nucleus would make the KL infinite
+        return self._sample_text(*args, generator, 1.0, self.cfg.reward.texts, True), args      # a nucleus: the KL is infinite
 
     def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""
@@ -743,10 +745,10 @@ class DPPMG(nn.Module):
                 kl = kl + gaussian_kl(mean, start, std).mean()
         return loss, kl
 
-    def _text_surrogate(self, tokens, args, advantage, reference) -> tuple[Tensor, Tensor]:
+    def _text_surrogate(self, texts, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the texts, and the KL of the policy from the reference table (0 where there is none)."""
-        cfg, written = self.cfg.text, tokens != PAD
-        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, 1.0)
+        cfg, tokens, written = self.cfg.text, texts.tokens, texts.tokens != PAD
+        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, 1.0, texts.null)
         log_p = text_distribution(*policy)                                                      # (B, T, V)
         loss, kl = reinforce_loss(chosen_log_prob(log_p, tokens), advantage), log_p.new_zeros(())
         if reference is not None:

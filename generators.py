@@ -392,6 +392,7 @@ class TextDecoder(Conditioned):
 class Sampled(NamedTuple):
     tokens: Tensor      # (B, T) int64: text, EOS, PAD ...
     log_prob: Tensor    # (B,)   nats, summed over the sampled tokens, EOS included
+    null: Tensor | None = None      # (B, T, V) logits without preferences, where they were asked for
 
 
 def _check_group(what: str, group: int, rows: int):
@@ -445,13 +446,14 @@ def sampling_logits(cond: Tensor, null: Tensor | None, guidance: float = 1.0, te
 @torch.no_grad()
 def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
                 guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
-                max_len: int | None = None, group: int = 1) -> Sampled:
+                max_len: int | None = None, group: int = 1, keep_null: bool = False) -> Sampled:
     """A text for each row of prompt (B, P) and prefs (B, M), int64, -1 null: Sampled, tokens (B, T).
 
     T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
     generator lives on prompt's device and advances by the same amount whatever is sampled. group: so many rows
-    in a row have the same condition: their prefix is computed once. Raises ValueError if max_len is outside
-    [1, context] or B no multiple of group, and as sampling_logits and Conditioned.embed do."""
+    in a row have the same condition: their prefix is computed once. keep_null: return the null branch's logits
+    (0 after the last text's end), for text_distribution. Raises ValueError if max_len is outside [1, context]
+    or B no multiple of group, and as sampling_logits and Conditioned.embed do."""
     batch, context = len(prompt), decoder.cfg.context
     max_len = context if max_len is None else max_len
     if not 1 <= max_len <= context:
@@ -464,10 +466,11 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     cache = decoder.start(prompt[::group], prefs[::group], max_len).repeat(group)
     tokens = prompt.new_full((batch, max_len), PAD)
     token, done = prompt.new_full((batch,), BOS), prompt.new_zeros(batch, dtype=torch.bool)
-    log_prob = 0.0
+    log_prob, nulls = 0.0, []
     for t in range(max_len):
         logits = decoder.step(token.repeat(2) if guided else token, t, cache)           # (B or 2 B, V)
         null = logits[batch:] if guided else None
+        nulls += [null] * (keep_null and guided)
         log_p = sampling_logits(logits[:batch], null, guidance, temperature, top_p)     # (B, V)
         cdf = log_p.exp().cumsum(-1)
         token = (cdf <= uniform[t] * cdf[:, -1:]).sum(-1)       # inverse CDF: 10 times multinomial's speed
@@ -477,20 +480,23 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
         done = done | (token == EOS)
         if done.device.type == "cpu" and done.all():            # elsewhere this is a host sync
             break
-    return Sampled(tokens, log_prob)
+    return Sampled(tokens, log_prob, F.pad(torch.stack(nulls, 1), (0, 0, 0, max_len - len(nulls))) if nulls else None)
 
 
 def text_distribution(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor,
-                      guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+                      guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
+                      null: Tensor | None = None) -> Tensor:
     """Log-probabilities (B, T, V), differentiable, that sample_text at these settings draws `tokens` from.
 
     tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the
-    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph.
-    Raises ValueError on temperature <= 0, and as TextDecoder.forward does."""
+    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph,
+    and null (B, T, V), its logits as sample_text has kept them, spares computing it again. Raises ValueError
+    on temperature <= 0, and as TextDecoder.forward does."""
     if temperature <= 0:
         raise ValueError(f"text_distribution: temperature={temperature}: need temperature > 0 for a gradient")
     cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
-    null = None if guidance == 1 else decoder(tokens, prompt, None)
+    if null is None and guidance != 1:
+        null = decoder(tokens, prompt, None)
     return sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)
 
 

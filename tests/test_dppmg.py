@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import dppmg
 from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt,
                    read_checkpoint, replacing, table_as)
-from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, transition
+from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, sample_text, transition
 from gnn import GNNConfig, LatentPCA, TfidfSVD
 from reward import RewardConfig
 from vq import VQConfig
@@ -350,8 +350,8 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     n_image, n_text = cfg.reward.images, cfg.reward.texts
     chain = model.sample_chain(prompt.repeat_interleave(n_image, 0),
                                prefs["image"].repeat_interleave(n_image, 0), g, 5, n_image)      # one noise a group
-    texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0),
-                                prefs["text"].repeat_interleave(n_text, 0), g, top_p=1.0)
+    texts = sample_text(model.text, prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g,
+                        guidance=2.0, max_len=12).tokens
     pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0
     mine = [slice(n * n_image, (n + 1) * n_image) for n in range(G)]
     written = [texts[n * n_text:(n + 1) * n_text] for n in range(G)]
@@ -434,7 +434,7 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
     model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
     args = prompt, prefs["text"].repeat_interleave(6, 0)
-    tokens = model.sample_tokens(*args, g, top_p=1.0)
+    tokens = sample_text(model.text, *args, g, guidance=2.0, max_len=12).tokens
 
     def policy():
         logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args),

@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 from torch.testing import assert_close
 
 from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, drop_preferences, linear,
-                        sample_text, sampling_logits, text_log_prob)
+                        sample_text, sampling_logits, text_distribution, text_log_prob)
 
 TEXTS = ["a tiny fish at dawn, how sweet it is", "behold the mighty fish of night!", "the the the there then",
          "dusk  comes: the boat's here", "Toy Story (1995): Animation, Children", "Heat (1995): Crime",
@@ -372,6 +372,23 @@ def test_a_group_whose_prefix_is_computed_once_samples_the_same(guidance):
     for group in (0, 5):
         with pytest.raises(ValueError, match=f"sample_text: group={group} for 24 rows: need a divisor"):
             sample_text(decoder, *rows, group=group)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_null_logits_that_sampling_kept_are_those_of_the_null_branch(guidance):
+    decoder, (_, prompt, prefs) = tiny(vocab=7), batch(size=12)
+    decoder.requires_grad_(False).preference.requires_grad_(True)
+    said = sample_text(decoder, prompt, prefs.clamp(min=0), torch.Generator().manual_seed(3), guidance, max_len=6, keep_null=True)
+    assert (said.null is None) == (guidance == 1) and sample_text(decoder, prompt, prefs, guidance=2.0).null is None
+    given = said.tokens, prompt, prefs.clamp(min=0), guidance, 1.0, 1.0
+    kept, anew = text_distribution(decoder, *given, said.null), text_distribution(decoder, *given)
+    written = said.tokens != PAD
+    assert not written[:, -1].all() or guidance == 1                # texts that end early: the rest was never computed
+    assert_close(kept[written], anew[written])
+    weight = torch.randn(kept[written].shape, generator=torch.Generator().manual_seed(4), dtype=kept.dtype)
+    gradients = [torch.autograd.grad((weight[..., EOS:] * x[written][..., EOS:]).sum(), decoder.preference.weight)[0]
+                 for x in (kept, anew)]
+    assert_close(*gradients)
 
 
 def test_cached_logits_equal_forward():
