@@ -264,7 +264,7 @@ class Run:
     def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None, out: Path, device: torch.device):
         self.cfg, self.train, self.data, self.world, self.out, self.device = cfg, train, data, world, out, device
         self.done, self.stage, self.step, self.optimizer_state = [], "", 0, None
-        self.log, self.metrics, self.seconds, self.tables, self.discord = [], {}, {}, {}, None
+        self.log, self.metrics, self.seconds, self.tables, self.discord, self.likes = [], {}, {}, {}, None, {}
         self.saved_at, self.interrupted, self.busy = time.monotonic(), False, False
         new = hold_out_users(data, train.new_users, cfg.method.seed)
         self.new = {name: pairs.to(device) for name, pairs in new.items()}                  # (2, E) each
@@ -691,12 +691,15 @@ def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> di
 
 def judge_likes(run: Run) -> dict[str, Tensor]:
     """What each user likes in the judge's eyes (U, D): the mean of the held-out items (validation and test) that the user
-    liked, of which neither the generators nor the reward have learnt."""
+    liked, of which neither the generators nor the reward have learnt. Computed once: the judge is trained by then."""
+    if run.likes:
+        return run.likes
     held = torch.cat([torch.stack(run.data.pairs(part)) for part in (VALID, TEST)], 1).to(run.device)
     judge = run.modules["judge"]
     items = {"image": in_batches(lambda x: judge.encode_image(to_float(x)), run.images),
              "text": in_batches(judge.encode_text, run.tokens)}
-    return {m: taste(items[m], *held, len(run.data.user_ids)) for m in MODALITIES}
+    run.likes = {m: taste(items[m], *held, len(run.data.user_ids)) for m in MODALITIES}
+    return run.likes
 
 
 def measures(run: Run, pairs: Pairs, own: Content, other: Content) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """Seconds of the image generator, beside diffusers' U-Net where that is installed (not collected by pytest).
 
-    OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 80 96] [--steps 16] [--repeat 5]
+    OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 80 96] [--steps 16] [--repeat 5] [--run RUN]
 64 latents 8x8x4, 5 condition tokens (1 prompt word, 4 preference tokens), guidance 2. The best of --repeat
 runs, taken in turn so that a busy machine slows all alike. Width 80 and the U-Net: 2 M parameters each. Both
-also under bf16 autocast, as train.py computes where the processor has instructions for it."""
+also under bf16 autocast, as train.py computes where the processor has instructions for it. Only ours also with
+guidance for the first half of the time, as train.py samples. --run: also 64 pictures with their texts by a
+finished run's model, and the time to load it."""
 
 import argparse
 import importlib.util
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from dppmg import DPPMG  # noqa: E402
 from generators import Autoencoder, Denoiser, ImageConfig, ema_update, sample_latents  # noqa: E402
 
 BATCH = 64
@@ -44,7 +47,9 @@ def our_jobs(width: int, steps: int) -> dict:
     step = train_step(net, lambda: net.loss(z, prompt, prefs, generator))
     ours = f"width {width}, {parameters(net) / 1e6:.2f} M"
     return {f"{ours}: train step": lambda: (step(), ema_update(average, net, 0.998, 10 ** 6)),
-            f"{ours}: sample": lambda: sample_latents(net, prompt, prefs, generator, 2.0, steps)}
+            f"{ours}: sample": lambda: sample_latents(net, prompt, prefs, generator, 2.0, steps),
+            f"{ours}, guided until {cfg.guidance_until}: sample": lambda: sample_latents(
+                net, prompt, prefs, generator, 2.0, steps, until=cfg.guidance_until)}
 
 
 def autoencoder_jobs() -> dict:
@@ -89,6 +94,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[80, 96], help="ImageConfig.width")
     parser.add_argument("--steps", type=int, default=16, help="DDIM steps")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--run", help="folder of a finished run")
     args = parser.parse_args()
     torch.manual_seed(0)
     jobs = {}
@@ -97,7 +103,13 @@ def main():
     jobs |= autoencoder_jobs()
     if importlib.util.find_spec("diffusers"):
         jobs |= diffusers_jobs(args.steps)
-    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()}
+    from_run = {}
+    if args.run:
+        model = DPPMG.load(args.run)
+        prompt, user = model.catalogue.words[0], model.catalogue.user_ids[0]
+        from_run = {"a run's model: load": lambda: DPPMG.load(args.run),
+                    "a run's model: 64 pictures and texts": lambda: model.generate(prompt, user, n=64)}
+    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()} | from_run
     best = {name: (float("inf"), float("inf")) for name in jobs}
     for _ in range(args.repeat):
         for name, job in jobs.items():
