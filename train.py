@@ -660,17 +660,22 @@ def draw_pairs(run: Run, part: int, n: int) -> Pairs:
 def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> tuple[Content, Content]:
     """What a variant gives for the pairs, and what it gives for the same prompts and the other users.
     real: the items, and other items with the same prompt (the same item where there is no other)."""
-    model, prompt = run.model, run.prompt[pairs.item]
     if variant == "real":
         order, count, own = run.topic.argsort(stable=True), run.topic.bincount(), run.topic[pairs.item]
         place = draw(2**62, len(own), generator) % count[own]
         return contents(run, pairs.item), contents(run, order[(count.cumsum(0) - count)[own] + place])
-    prefs = [model.user_tokens(user) for user in (pairs.user, pairs.other)]
+    own, other = (make_for(run, variant, user, pairs.item, generator) for user in (pairs.user, pairs.other))
+    return own, other
+
+
+def make_for(run: Run, variant: str, user: Tensor, item: Tensor, generator: torch.Generator) -> Content:
+    """What a variant (all but "real") generates for users (B,) and the prompts of items (B,)."""
+    model, prefs = run.model, run.model.user_tokens(user)
     if variant == "unpersonalized":
-        prefs = [{m: torch.full_like(tokens, -1) for m, tokens in both.items()} for both in prefs]
+        prefs = {m: torch.full_like(tokens, -1) for m, tokens in prefs.items()}
     tables = run.tables if variant == "before_reward" else {m: getattr(model, m).preference.weight.data for m in MODALITIES}
     with table_as(model.image, tables["image"]), table_as(model.text, tables["text"]):
-        return tuple(Content(*model.sample_pairs(prompt, tokens, generator)) for tokens in prefs)
+        return Content(*model.sample_pairs(run.prompt[item], prefs, generator))
 
 
 def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
@@ -890,7 +895,7 @@ def report_grid(run: Run, users: Tensor) -> str:
     """8 users x 8 prompts: one sees the taste along a row and the prompt down a column."""
     items = shown_prompts(run, 8)
     who = users.repeat_interleave(len(items))
-    own, _ = make(run, "after_reward", Pairs(who, items.repeat(len(users)), who), run.generator("grid"))
+    own = make_for(run, "after_reward", who, items.repeat(len(users)), run.generator("grid"))
     texts = run.model.tokenizer.decode_batch(own.tokens)
     cells = [f'<td title="{html.escape(text)}">{picture(x)}</td>' for x, text in zip(own.images, texts)]
     rows = "".join(f"<tr><th>{html.escape(run.data.user_ids[u])}</th>{''.join(cells[k * len(items):(k + 1) * len(items)])}</tr>"
@@ -908,7 +913,7 @@ def report_user(run: Run, user: Tensor) -> str:
     tokens = "; ".join(f"{m} {' '.join(map(str, k.tolist()))}" for m, k in model.user_tokens(user).items())
     who, made = user.expand(len(prompts)), []
     for variant in ("before_reward", "after_reward"):
-        own, _ = make(run, variant, Pairs(who, prompts, who), run.generator(f"report {user}"))
+        own = make_for(run, variant, who, prompts, run.generator(f"report {user}"))
         with torch.no_grad():
             emb = embed(model.scorer, own)
             likes = [model.score("image", model.preference_image[who], model.autoencoder.encode(own.images)),
@@ -979,7 +984,7 @@ def finish(run: Run):
 
 SHARED = {"pareto": ("autoencoder", "features", "gnn", "codebook", "text", "image", "scorer", "judge", "referee"),
           "bits": ("autoencoder", "features", "gnn", "scorer", "judge", "referee")}
-RATIOS = ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (1.0, 0.0))            # lambda_p : lambda_c
+RATIOS = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0, 0.0))           # lambda_p : lambda_c
 BITS = ((1, 32), (2, 32), (3, 32), (4, 32), (4, 64))                                        # levels, codes
 
 
