@@ -813,7 +813,8 @@ def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
 
     def words(x: int, y: int, text: str | float, style: str = "") -> str:
-        return f'<text x="{x}" y="{y}"{style}>{html.escape(text if isinstance(text, str) else f"{text:.3g}")}</text>'
+        text = text if isinstance(text, str) else f"{text:.3g}" if abs(text) < 1000 else f"{text:,.0f}"
+        return f'<text x="{x}" y="{y}"{style}>{html.escape(text)}</text>'
     body = [words(34, 12, title, ' font-weight="bold"'), '<path d="M34 20V120H284" stroke="#999" fill="none"/>',
             words(0, 24, y1), words(0, 120, y0), words(34, 134, x0), words(262, 134, x1)]
     for n, (name, line) in enumerate(series.items()):
