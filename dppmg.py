@@ -729,7 +729,7 @@ class DPPMG(nn.Module):
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Sampled, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self._sample_text(*args, generator, 1.0, self.cfg.reward.texts, True), args      # a nucleus: the KL is infinite
+        return self._sample_text(*args, generator, 1.0, self.cfg.reward.texts, True), args      # in a nucleus KLs are infinite
 
     def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""

@@ -785,7 +785,8 @@ def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Te
 
 def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float, eta: float,
                until: float, group: int) -> tuple[Tensor, Tensor]:
-    """Mean (B, C, h, h) and std () of chain[k + 1] given chain[k]; at k = 0 the rows of a group are one."""
+    """Mean (B, C, h, h) and std () of chain[k + 1] given chain[k]; at k = 0 the rows of a group are one.
+    DEVIATION 17: guidance ends at time `until`: unguided, late steps cost half and keep to the prompt."""
     n, steps = group if k == 0 else 1, len(chain) - 1
     times, late = sampling_times(steps, chain), T_MAX * (1 - k / steps) <= until        # without a look at times
     z, prompt, prefs = (x[::n] for x in (chain[k], prompt, prefs))
