@@ -451,7 +451,8 @@ def train_gnn(run: Run) -> str:
     cfg, model = run.cfg.gnn, run.model
 
     def losses(generator):
-        return {"loss": model.gnn.loss(model.graph, *sample_triplets(model.graph, cfg.batch, generator, cfg.candidates))}
+        triplets = sample_triplets(model.graph, cfg.batch, generator, cfg.candidates)
+        return {"loss": model.gnn.loss(model.graph, *triplets, model.uses_bf16)}
     fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
     with torch.no_grad():
         run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked, run.pairs(TEST))
@@ -522,7 +523,7 @@ def train_text(run: Run) -> str:
 
     def losses(generator):
         item, prompt, prefs = liked_batch(run, "text", cfg.batch, cfg.null_rate, generator)
-        with run.model.half(on_cpu=False):
+        with run.model.half():
             return {"loss": net.loss(run.tokens[item], prompt, prefs)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses)
     loss = validate(run, "text", lambda item, prompt, prefs: net.loss(run.tokens[item], prompt, prefs))

@@ -1,5 +1,6 @@
 """Tokenizer, text decoder, sampling and its log-probabilities, each against a slow version right at sight."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 from torch.testing import assert_close
 
-from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, drop_preferences, linear,
-                        sample_text, sampling_logits, text_distribution, text_log_prob)
+from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, attention, attention_bias,
+                        chosen_log_prob, drop_preferences, linear, sample_text, sampling_logits, text_distribution,
+                        text_log_prob)
 
 TEXTS = ["a tiny fish at dawn, how sweet it is", "behold the mighty fish of night!", "the the the there then",
          "dusk  comes: the boat's here", "Toy Story (1995): Animation, Children", "Heat (1995): Crime",
@@ -150,18 +152,17 @@ def slow_logits(decoder, tokens, prompt, prefs):
     for t, token in enumerate([BOS, *tokens.tolist()[:-1]]):
         xs.append(decoder.tokens.weight[token] + decoder.position[t])
     for block in decoder.blocks:
-        projected = [block.qkv.weight @ norm(x, block.attention_norm.weight) for x in xs]
-        projected = [x.split([cfg.width, size, size]) for x in projected]   # one key, value for all heads
-        mixed = []
-        for i, (query, _, _) in enumerate(projected):
+        projected = [block.expand.weight @ norm(x, block.norm.weight) for x in xs]
+        projected = [x.split([cfg.width, size, size, 4 * cfg.width]) for x in projected]    # one key, value for all heads
+        after = []
+        for i, (query, _, _, hidden) in enumerate(projected):
             seen = projected[:max(i + 1, n_prefix)]
             heads = []
             for h in query.view(cfg.heads, size):
-                weight = torch.stack([h @ key / math.sqrt(size) for _, key, _ in seen]).softmax(0)
-                heads.append(sum(w * value for w, (_, _, value) in zip(weight, seen)))
-            mixed.append(xs[i] + block.project.weight @ torch.cat(heads))
-        hidden = [F.silu(block.expand.weight @ norm(x, block.mlp_norm.weight)) for x in mixed]
-        xs = [x + block.contract.weight @ h for x, h in zip(mixed, hidden)]
+                weight = torch.stack([h @ key / math.sqrt(size) for _, key, _, _ in seen]).softmax(0)
+                heads.append(sum(w * value for w, (_, _, value, _) in zip(weight, seen)))
+            after.append(xs[i] + block.contract.weight @ torch.cat([*heads, F.silu(hidden)]))
+        xs = after
     return torch.stack([decoder.tokens.weight @ norm(x, decoder.norm.weight) for x in xs[n_prefix:]])
 
 
@@ -174,6 +175,25 @@ def test_decoder_equals_a_loop_over_positions_and_heads_in_value_and_gradient():
     parameters = list(decoder.parameters())
     for ours, theirs in zip(*(torch.autograd.grad((x * upstream).sum(), parameters) for x in (fast, slow))):
         assert_close(ours, theirs)
+
+
+def test_bf16_is_right_to_a_few_percent_by_value_and_gradient_and_its_attention_exact():
+    decoder, (tokens, prompt, prefs) = tiny(dtype=torch.float32), batch(size=16)
+    results = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            log_p = chosen_log_prob(decoder(tokens, prompt, prefs).float().log_softmax(-1), tokens)
+        results.append((log_p, *torch.autograd.grad(log_p.sum(), list(decoder.parameters()))))
+    for exact, rough in zip(*results):
+        assert (rough - exact).norm() <= 0.05 * exact.norm() and rough.dtype == torch.float32
+    assert not torch.equal(*(r[0] for r in results))                # autocast was at work
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 1, n, 4, generator=g) for n in (3, 5, 5))
+    visible = torch.rand(2, 1, 3, 5, generator=g) < 0.7
+    visible[..., 0] = True
+    slow = (query @ key.mT / 2).masked_fill(~visible, -math.inf).softmax(-1) @ value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(attention(query, key, value, attention_bias(visible, query)), slow, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_is_the_mean_over_text_and_end_tokens_only():
