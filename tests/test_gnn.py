@@ -125,6 +125,24 @@ def test_propagate_is_the_mean_of_matrix_powers(graph, layers):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+def test_propagation_in_bf16_rows_is_right_to_a_percent_by_value_and_gradient(layers):
+    g = seeded()
+    user, item = torch.randint(40, (600,), generator=g), torch.randint(30, (600,), generator=g)
+    graph = build_graph(user, item, 41, 32)                         # one user and two items without an edge
+    x, up = (torch.randn(73, 8, generator=g) for _ in range(2))
+    x.requires_grad_()
+    results = []
+    for half in (False, True):
+        y = gnn.propagate(graph, x, layers, half)
+        results.append([y.detach(), *torch.autograd.grad((y * up).sum(), x)])
+    for exact, rough, own in zip(*results, (x.detach(), up)):
+        added = exact - own / (layers + 1)                          # by the layers after x0, which stays exact
+        assert (rough - exact).norm() <= 0.01 * added.norm() and rough.dtype == torch.float32
+        assert_close(rough[40], own[40] / (layers + 1))
+        assert layers == 0 or not torch.equal(rough, exact)
+
+
 def test_spmm_names_both_sizes(graph):
     with pytest.raises(ValueError, match=r"x is \(13, 2\) but the graph has 14 nodes \(6 users \+ 8 items\)"):
         gnn.spmm(graph, torch.zeros(13, 2))
