@@ -52,7 +52,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from generators import (PAD, Autoencoder, Denoiser, ImageConfig, Sampled, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
-                        sample_latents, sample_text, table_as, text_distribution, transition)
+                        sample_latents, sample_text, sampling_logits, table_as, transition)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
                     pair_reward, reinforce_loss)
@@ -531,7 +531,7 @@ class Generated(NamedTuple):
 
 
 class ReinforceStep(NamedTuple):
-    loss: Tensor                # () surrogate: its gradient is that of -E[R], plus kl_weight KL
+    loss: Tensor                # () surrogate: its gradient is that of -E[R] and the weighted KL
     parts: RewardParts          # what the reward was made of
     kl_image: Tensor            # () nats per image: drift of the differentiated steps from the starting tokens
     kl_text: Tensor             # () nats per text: drift of the text policy
@@ -637,12 +637,12 @@ class DPPMG(nn.Module):
 
     def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
-        return self._sample_text(prompt, prefs, generator, self.cfg.text.top_p).tokens
+        return self._sample_text(prompt, prefs, generator).tokens
 
-    def _sample_text(self, prompt, prefs, generator, top_p: float, group: int = 1, keep_null: bool = False) -> Sampled:
+    def _sample_text(self, prompt, prefs, generator, group: int = 1, keep_null: bool = False) -> Sampled:
         cfg = self.cfg.text
         with self.half():
-            return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, top_p,
+            return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, cfg.top_p,
                                min(cfg.context, self.catalogue.max_tokens), group, keep_null)
 
     @torch.no_grad()
@@ -720,10 +720,10 @@ class DPPMG(nn.Module):
             reward_image, reward_text, parts = pair_reward(
                 image_emb, text_emb, s_image.unflatten(0, (n_groups, -1)), s_text.unflatten(0, (n_groups, -1)), cfg)
         image_loss, kl_image = self._image_surrogate(chain, image_args, leave_one_out(reward_image).flatten(),
-                                                     reference["image"] if with_kl else None)
+                                                     reference["image"] if with_kl or cfg.kl_image else None)
         text_loss, kl_text = self._text_surrogate(texts, text_args, leave_one_out(reward_text).flatten(),
-                                                  reference["text"] if with_kl else None)
-        loss = image_loss + text_loss + cfg.kl_weight * (kl_image + kl_text)
+                                                  reference["text"] if with_kl or cfg.kl_text else None)
+        loss = image_loss + text_loss + cfg.kl_image * kl_image + cfg.kl_text * kl_text
         return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
 
     def _rollout_images(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -735,7 +735,7 @@ class DPPMG(nn.Module):
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Sampled, tuple[Tensor, Tensor]]:
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self._sample_text(*args, generator, 1.0, self.cfg.reward.texts, True), args      # in a nucleus KLs are infinite
+        return self._sample_text(*args, generator, self.cfg.reward.texts, True), args
 
     def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""
@@ -752,16 +752,18 @@ class DPPMG(nn.Module):
         return loss, kl
 
     def _text_surrogate(self, texts, args, advantage, reference) -> tuple[Tensor, Tensor]:
-        """Loss of the texts, and the KL of the policy from the reference table (0 where there is none)."""
+        """Loss of the texts, and the KL of the policy, before its nucleus is cut out (else it were infinite), from the
+        reference table's (0 where there is none)."""
         cfg, tokens, written = self.cfg.text, texts.tokens, texts.tokens != PAD
-        policy = (self.text, tokens, *args, cfg.guidance, cfg.temperature, 1.0, texts.null)
         with self.half():
-            log_p = text_distribution(*policy)                                                  # (B, T, V)
+            logits = self.text(tokens, *args)                                                   # (B, T, V)
+        shape = texts.null, cfg.guidance, cfg.temperature
+        log_p = sampling_logits(logits, *shape, cfg.top_p, keep=tokens)
         loss, kl = reinforce_loss(chosen_log_prob(log_p, tokens), advantage), log_p.new_zeros(())
         if reference is not None:
             with torch.no_grad(), table_as(self.text, reference), self.half():
-                start = text_distribution(*policy)
-            kl = categorical_kl(log_p, start, written).mean()
+                start = sampling_logits(self.text(tokens, *args), *shape)
+            kl = categorical_kl(sampling_logits(logits, *shape), start, written).mean()
         return loss, kl
 
     # files

@@ -582,6 +582,45 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def _windows(x: Tensor) -> Tensor:
+    """The 3 x 3 neighbourhood of each place of x (B, C, h, w), zero beyond the edge: (B h w, 9 C)."""
+    height, width = x.shape[2:]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    return torch.cat([x[:, i:i + height, j:j + width] for i in range(3) for j in range(3)], dim=3).flatten(0, 2)
+
+
+class _SmallConv(torch.autograd.Function):
+    """conv2d(x, weight, bias, padding=1), the gradient in its weight as one matrix product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        """x (B, C, h, w), weight (D, C, 3, 3), bias (D,), of one dtype -> (B, D, h, w)."""
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """grad (B, D, h, w) -> gradients in x, weight and bias, None where none is needed."""
+        (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x = F.conv_transpose2d(grad, weight, padding=1) if for_x else None
+        grad_weight = None
+        if for_weight:
+            grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2).T @ _windows(x)            # (D, 9 C)
+            grad_weight = grad_weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if for_bias else None
+
+
+def conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(x) for a 3 x 3 convolution without stride: x (B, C, h, w) -> (B, D, h, w).
+    In bf16 on the CPU, at 4 x 4 places, by _SmallConv: oneDNN takes 3 times as long for the weight's gradient there,
+    a training step of the denoiser 7 % longer."""
+    if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 16 or not torch.is_autocast_enabled("cpu"):
+        return layer(x)
+    dtype = torch.get_autocast_dtype("cpu")
+    return _SmallConv.apply(*(t.to(dtype) for t in (x, layer.weight, layer.bias)))
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(FiLM(norm(conv(silu(norm x)))))), (B, C, h, w); FiLM: h (1 + a) + b, (a, b) linear in the
     condition (B, cond) (1709.07871). The last convolution starts at 0: the block starts as the identity."""
@@ -595,11 +634,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), cond (B, cond) -> (B, C, h, w)."""
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        h = self.norm2(conv3x3(F.silu(self.norm1(x)), self.conv1))
         if self.film is not None:
             scale, shift = self.film(cond)[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, 1 + scale)
-        return x + self.conv2(F.silu(h))
+        return x + conv3x3(F.silu(h), self.conv2)
 
 
 class Autoencoder(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class RewardConfig:
     """Settings of the scorer (and its twin, the judge), of the reward and of REINFORCE."""
-    lambda_c: float = 4.0             # weight of the consistency of image and text (ours)
+    lambda_c: float = 2.0             # weight of the consistency of image and text (ours)
     lambda_p: float = 1.0             # weight of the personalization score of stage 1 (ours)
     scorer_width: int = 32            # channels of the scorer's first convolution; text: twice as wide
     scorer_dim: int = 64              # D, width of the shared embedding
@@ -33,20 +33,21 @@ class RewardConfig:
     scorer_zoom: float = 0.25         # at most so much of a picture's side is cut off in training, the rest enlarged
     scorer_dropout: float = 0.3       # probability of dropping a feature of a picture before the last layer, in training
     scorer_drop: float = 0.1          # probability of hiding a text token from the scorer in training
-    rounds: int = 200                 # REINFORCE updates; 0 = no reward stage
+    rounds: int = 180                 # REINFORCE updates; 0 = no reward stage
     groups: int = 64                  # G, (user, prompt) groups in a round
     images: int = 4                   # S_i, images sampled in a group
     texts: int = 8                    # S_t, texts sampled in a group: cheaper than images
-    lr_image: float = 0.04            # peak learning rate of the image token table (Adam 0.9, 0.99)
-    lr_text: float = 0.002            # peak learning rate of the text token table (Adam 0.9, 0.99)
+    lr_image: float = 0.035           # peak learning rate of the image token table (Adam 0.9, 0.99)
+    lr_text: float = 0.0018           # peak learning rate of the text token table (Adam 0.9, 0.99)
     diffusion_steps: int = 4          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
     grad_steps: int = 1               # of these, the first ones, which are differentiated
-    kl_weight: float = 0.0            # weight of the KL from the starting tokens, per nat (bounds the drift)
+    kl_image: float = 0.0             # weight of the pictures' KL from the starting tokens, per nat (bounds the drift)
+    kl_text: float = 0.2              # weight of the texts' KL from the starting tokens, per nat
     log_every: int = 25               # rounds between two lines with the exact or the judge's measures
 
     def __post_init__(self):
         shares = {"scorer_mirror": 0, "scorer_zoom": 0, "scorer_dropout": 0, "scorer_drop": 0}
-        limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_weight": 0, "scorer_shift": 0, "rounds": 0, "images": 2,
+        limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_image": 0, "kl_text": 0, "scorer_shift": 0, "rounds": 0, "images": 2,
                            "texts": 2, "scorer_batch": 2, "scorer_width": 8}
         for name, value in vars(self).items():
             low = limits.get(name, 0 if isinstance(value, float) else 1)

@@ -614,7 +614,7 @@ def train_reward(run: Run) -> str:
 
     def losses(generator):
         row = draw_by_discord(run.discord, cfg.groups, generator)
-        user, with_kl = run.users[row], cfg.kl_weight > 0 or (run.step + 1) % cfg.log_every == 0
+        user, with_kl = run.users[row], (run.step + 1) % cfg.log_every == 0
         prompt = run.prompt[sample_positives(model.graph, user, generator)]
         step = model.reinforce_step(user, prompt, run.tables, with_kl, generator)
         run.discord[row] = (1 - step.parts.consistency).clamp(min=1e-3)
@@ -1008,7 +1008,8 @@ def study_rows(run: Run, study: str):
     if study == "pareto":
         yield "no reward", run, ()
         for p, c in RATIOS:
-            weights = replace(reward, lambda_p=p, lambda_c=c)
+            total = (reward.lambda_p + reward.lambda_c) / (p + c)       # as strong against the KL as the default
+            weights = replace(reward, lambda_p=total * p, lambda_c=total * c)
             yield f"{p:g} : {c:g}", fork(run, study, f"ratio-{p:g}-{c:g}", reward=weights), ("reward",)
         return
     for levels, codes in BITS:

@@ -1,7 +1,8 @@
 """Seconds of the text generator, beside nanoGPT's GPT if its model.py is given (not collected by pytest).
 
     OMP_NUM_THREADS=2 python tests/bench_text.py [--nanogpt PATH] [--layers 4] [--width 128] [--length 60]
-Best of --repeat runs, taken in turn so that a busy machine slows both alike."""
+Best of --repeat runs, taken in turn so that a busy machine slows both alike. Ours also under bf16 autocast, as
+train.py computes where the processor has instructions for it; nanoGPT's too."""
 
 import argparse
 import importlib.util
@@ -80,9 +81,10 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.manual_seed(0)
-    jobs = our_jobs(args.layers, args.width, args.length) | tokenizer_jobs()
+    jobs = our_jobs(args.layers, args.width, args.length)
     if args.nanogpt:
         jobs |= nanogpt_jobs(args.nanogpt, args.layers, args.width, args.length)
+    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()} | tokenizer_jobs()
     wall, cpu = ({name: float("inf") for name in jobs} for _ in range(2))
     for _ in range(args.repeat):
         for name, job in jobs.items():
@@ -96,8 +98,9 @@ def main():
         print(f"{name:45s} {wall[name] * 1e3:9.1f} ms wall {cpu[name] * 1e3:9.1f} ms CPU")
     if args.nanogpt:
         for name in ("train step", "sample"):
-            ratios = (best["nanoGPT " + name] / best[name] for best in (wall, cpu))
-            print("{}: {:.1f} times nanoGPT's speed by the clock, {:.1f} by CPU time".format(name, *ratios))
+            for ours, theirs in (("", ""), (", bf16", ""), (", bf16", ", bf16")):
+                clock, busy = (best[f"nanoGPT {name}{theirs}"] / best[name + ours] for best in (wall, cpu))
+                print(f"{name}{ours}: {clock:.1f} times the speed of nanoGPT{theirs} by the clock, {busy:.1f} by CPU time")
 
 
 if __name__ == "__main__":

@@ -327,12 +327,20 @@ def slow_rewards(model, terms):
 
 
 def slow_text_log_prob(model, tokens, prompt, prefs):
-    """log p of one text, token by token, under the guided distribution without PAD and BOS."""
+    """log p of one text, token by token, under the guided distribution without PAD and BOS, within the nucleus of the
+    unguided one."""
     cond, null = (model.text(tokens[None], prompt[None], x)[0] for x in (prefs[None], None))
     total, w = 0.0, model.cfg.text.guidance
     for t, token in enumerate(tokens[:tokens.tolist().index(EOS) + 1 if EOS in tokens else None].tolist()):
-        logits = (null[t] + w * (cond[t] - null[t])) / model.cfg.text.temperature
-        policy = torch.distributions.Categorical(logits=logits[EOS:])
+        logits = ((null[t] + w * (cond[t] - null[t])) / model.cfg.text.temperature)[EOS:]
+        likely, mass, nucleus = (cond[t] / model.cfg.text.temperature)[EOS:].softmax(0), 0.0, []
+        for v in likely.argsort(descending=True).tolist():
+            if mass < model.cfg.text.top_p:
+                nucleus.append(v)
+            mass = mass + likely[v].item()
+        assert token - EOS in nucleus
+        policy = torch.distributions.Categorical(logits=torch.full_like(logits, -torch.inf).index_put(
+            (torch.tensor(nucleus),), logits[nucleus]))
         total = total + policy.log_prob(torch.tensor(token - EOS))
     return total
 
@@ -351,7 +359,7 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
     chain = model.sample_chain(prompt.repeat_interleave(n_image, 0),
                                prefs["image"].repeat_interleave(n_image, 0), g, 5, n_image)      # one noise a group
     texts = sample_text(model.text, prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g,
-                        guidance=2.0, max_len=12).tokens
+                        guidance=2.0, top_p=cfg.text.top_p, max_len=12).tokens
     pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0
     mine = [slice(n * n_image, (n + 1) * n_image) for n in range(G)]
     written = [texts[n * n_text:(n + 1) * n_text] for n in range(G)]
@@ -423,6 +431,7 @@ def test_drift_is_zero_at_the_start_and_positive_after_a_change():
         drift = step(model, with_kl=True, reference=start)
         assert getattr(drift, f"kl_{m}") > 1e-3
         assert m == "text" or abs(drift.kl_text) < 1e-12
+    model.cfg = replace(CFG, reward=replace(CFG.reward, kl_text=0.0))
     off = step(model, reference=start)
     assert off.kl_image == 0 and off.kl_text == 0
 
@@ -434,7 +443,7 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
     model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
     args = prompt, prefs["text"].repeat_interleave(6, 0)
-    tokens = sample_text(model.text, *args, g, guidance=2.0, max_len=12).tokens
+    tokens = sample_text(model.text, *args, g, guidance=2.0, top_p=model.cfg.text.top_p, max_len=12).tokens
 
     def policy():
         logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args),
@@ -447,15 +456,18 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     assert_close(found.kl_text, drift.detach(), rtol=1e-6, atol=1e-9)
 
 
-def test_the_drift_is_a_penalty_with_its_weight():
-    model = toy()
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_drift_is_a_penalty_with_its_weight(modality):
+    model, losses = toy(), []
     start = {m: torch.zeros_like(table) for m, table in tables(model).items()}
-    losses = []
     for weight in (0.0, 2.0):
-        model.cfg = replace(CFG, reward=replace(CFG.reward, kl_weight=weight))
-        losses.append(step(model, with_kl=True, reference=start))
-    drift = losses[0].kl_image + losses[0].kl_text
-    assert_close(losses[1].loss - losses[0].loss, 2 * drift, rtol=1e-3, atol=1e-4)
+        model.cfg = replace(CFG, reward=replace(CFG.reward, **{"kl_text": 0.0, f"kl_{modality}": weight}))
+        losses += [step(model, with_kl=with_kl, reference=start) for with_kl in (True, False)]
+    known, _, penalized, unlogged = losses
+    drift = getattr(known, f"kl_{modality}")
+    assert drift > 0.01 and getattr(unlogged, f"kl_{modality}") == drift        # measured wherever it counts
+    assert_close(penalized.loss - known.loss, 2 * drift, rtol=1e-3, atol=1e-4)
+    assert torch.equal(unlogged.loss, penalized.loss)
 
 
 def test_reinforce_pleases_the_person():
@@ -464,9 +476,9 @@ def test_reinforce_pleases_the_person():
     for n, parameter in enumerate((*model.image.parameters(), *model.text.parameters())):
         # tokens matter more than in a fresh model
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng(n))
-    rates = dict(image=0.1, text=1.0)
+    rates = dict(image=0.3, text=1.0)
     optimizer = torch.optim.Adam([{"params": [table], "lr": rates[m]} for m, table in tables(model).items()])
-    for n in range(30):
+    for n in range(45):
         found = step(model, user=(0, 0, 0), seed=n)
         optimizer.step()
         seen.append(torch.stack(found.parts[1:]))

@@ -12,8 +12,8 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock,
-                        alpha_sigma, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
+from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock, _SmallConv,
+                        alpha_sigma, conv3x3, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
                         time_features, transition)
 
 TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1)
@@ -752,6 +752,27 @@ def test_dtype_stays(dtype):
               autoencoder.loss(pictures(2).to(dtype), 0.1, rng()), autoencoder.encode(pictures(2).to(dtype)),
               autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
         assert x.dtype == dtype
+
+
+def test_small_convolution_is_the_convolution_in_value_and_gradient(monkeypatch):
+    g = rng()
+    x, weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
+                       for shape in ((2, 3, 4, 3), (5, 3, 3, 3), (5,)))
+    assert_close(_SmallConv.apply(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
+    assert torch.autograd.gradcheck(_SmallConv.apply, (x, weight, bias))
+    layer, calls = nn.Conv2d(8, 8, 3, padding=1), []
+    apply = _SmallConv.apply
+    monkeypatch.setattr(_SmallConv, "apply", lambda *args: calls.append(args[0].shape[2:]) or apply(*args))
+    for side in (4, 5):
+        x, results = torch.randn(6, 8, side, side, generator=g, requires_grad=True), []
+        for call in (lambda: conv3x3(x, layer), lambda: layer(x)):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = call()
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))))
+        for ours, theirs in zip(*results):
+            assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 0.01 * theirs.norm()
+    assert torch.equal(conv3x3(x[:, :, :4, :4], layer), layer(x[:, :, :4, :4]))
+    assert calls == [(4, 4)]                                        # neither larger pictures nor fp32
 
 
 def test_mixed_precision_keeps_chain_loss_and_transition_in_fp32():

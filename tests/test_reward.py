@@ -668,7 +668,7 @@ def test_errors_name_the_tensor_and_the_cure(call, message):
 
 
 @pytest.mark.parametrize("field, value, cure", [
-    ("lambda_c", -1.0, ">= 0"), ("lambda_p", math.nan, "finite"), ("kl_weight", math.inf, "finite"),
+    ("lambda_c", -1.0, ">= 0"), ("lambda_p", math.nan, "finite"), ("kl_text", math.inf, "finite"),
     ("scorer_lr", 0.0, "> 0"), ("lr_text", -0.1, "> 0"), ("images", 1, ">= 2"), ("texts", 1, ">= 2"),
     ("groups", 0, ">= 1"), ("rounds", -1, ">= 0"), ("scorer_width", 12, "a multiple of 8"),
     ("scorer_temperature", 0.001, "0.01 <= scorer_temperature"), ("scorer_drop", 1.0, "scorer_drop < 1"),

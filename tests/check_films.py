@@ -1,0 +1,47 @@
+"""Form and genres of a finished run's texts on films, "title (year): genre, genre" (not collected by pytest):
+
+    python tests/check_films.py RUN [--pairs 1000]
+
+Of the texts made for the prompts and users of the run's test part: how many have the form, how many name exactly the
+genres of the prompt, how many are word for word in the training part; and a few of them."""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train  # noqa: E402
+from dppmg import Config, Dataset, parse_prompt, read_checkpoint  # noqa: E402
+
+FORM = re.compile(r".+ \(\d{4}\): (.+)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--pairs", type=int, default=1000)
+    args = parser.parse_args()
+    asked = json.loads((args.run / "config.json").read_text())
+    parts = {name: part(**asked["settings"][name]) for name, part in train.PARTS.items()}
+    settings, cfg = parts.pop("train"), Config(**parts)
+    data = Dataset.load(asked["data"], cfg.image.size, cfg.method.seed)
+    run = train.Run(cfg, settings, data, None, args.run, torch.device("cpu"))
+    run.restore(args.run / "checkpoint.pt")
+    pairs = train.draw_pairs(run, train.TEST, args.pairs)
+    known, items = {data.texts[i] for i in run.seen.tolist()}, pairs.item.tolist()
+    for variant in train.VARIANTS:
+        made = train.make(run, variant, pairs, run.generator("films"))[0].tokens
+        texts = run.model.tokenizer.decode_batch(made)
+        found = [FORM.fullmatch(text) for text in texts]
+        right = [match is not None and set(parse_prompt(match[1])) == set(data.prompts[i]) for match, i in zip(found, items)]
+        copied = [text in known for text in texts]
+        print(f"{variant}: {len(texts)} texts, form {sum(map(bool, found)) / len(texts):.3f}, genres as asked "
+              f"{sum(right) / len(texts):.3f}, copied {sum(copied) / len(texts):.3f}")
+        print(*(f"    {text}" for text in texts[:8]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
