@@ -291,8 +291,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     to oneDNN, on AMD processors 2.3 times as fast as MKL's matrix product, forward and backward. On Intel's
     MKL is the faster, a training step of the decoder 1.2 times."""
     batch, length, width = x.shape
-    small = batch * length < 1024
-    if IS_INTEL or small or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if IS_INTEL or not fp32 or x.device.type != "cpu" or batch * length < 1024:
         return F.linear(x, weight)
     picture = x.reshape(batch, 1, length, width).permute(0, 3, 1, 2)        # (B, D, 1, T)
     return F.conv2d(picture, weight[:, :, None, None]).permute(0, 2, 3, 1)[:, 0]
@@ -423,9 +423,7 @@ def _check_group(what: str, group: int, rows: int):
 
 def _descending(x: Tensor) -> Tensor:
     """The values of each row (..., V), largest first; on the CPU by numpy, which is 30 times as fast there as torch."""
-    if x.device.type != "cpu":
-        return x.sort(-1, descending=True).values
-    return torch.from_numpy(np.sort(x.numpy(), -1)).flip(-1)
+    return (torch.from_numpy(np.sort(x.numpy(), -1)) if x.device.type == "cpu" else x.sort(-1).values).flip(-1)
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
@@ -474,7 +472,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
     generator lives on prompt's device and advances by the same amount whatever is sampled. group: so many rows
     in a row have the same condition: their prefix is computed once. keep_null: return the null branch's logits
-    (0 after the last text's end), for text_distribution. Raises ValueError if max_len is outside [1, context]
+    (0 after the last text's end), for text_log_prob. Raises ValueError if max_len is outside [1, context]
     or B no multiple of group, and as sampling_logits and Conditioned.embed do."""
     batch, context = len(prompt), decoder.cfg.context
     max_len = context if max_len is None else max_len
@@ -505,34 +503,25 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     return Sampled(tokens, log_prob, F.pad(torch.stack(nulls, 1), (0, 0, 0, max_len - len(nulls))) if nulls else None)
 
 
-def text_distribution(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor,
-                      guidance: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
-                      null: Tensor | None = None) -> Tensor:
-    """Log-probabilities (B, T, V), differentiable, that sample_text at these settings draws `tokens` from.
-
-    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the
-    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph,
-    and null (B, T, V), its logits as sample_text has kept them, spares computing it again. Raises ValueError
-    on temperature <= 0, and as TextDecoder.forward does."""
-    if temperature <= 0:
-        raise ValueError(f"text_distribution: temperature={temperature}: need temperature > 0 for a gradient")
-    cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
-    if null is None and guidance != 1:
-        null = decoder(tokens, prompt, None)
-    return sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)
-
-
 def chosen_log_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
     """(B,) nats: log-probability of tokens (B, T) under log_p (B, T, V): their sum without PAD."""
     return log_p.gather(-1, tokens[..., None])[..., 0].masked_fill(tokens == PAD, 0.0).sum(-1)
 
 
 def text_log_prob(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor, guidance: float = 1.0,
-                  temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`;
-    arguments and errors as of text_distribution."""
-    log_p = text_distribution(decoder, tokens, prompt, prefs, guidance, temperature, top_p)
-    return chosen_log_prob(log_p, tokens)
+                  temperature: float = 1.0, top_p: float = 1.0, null: Tensor | None = None) -> Tensor:
+    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`.
+
+    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the
+    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph,
+    and null (B, T, V), its logits as sample_text has kept them, spares computing it again. Raises ValueError
+    on temperature <= 0, and as TextDecoder.forward does."""
+    if temperature <= 0:
+        raise ValueError(f"text_log_prob: temperature={temperature}: need temperature > 0 for a gradient")
+    cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
+    if null is None and guidance != 1:
+        null = decoder(tokens, prompt, None)
+    return chosen_log_prob(sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens), tokens)
 
 
 # Images: autoencoder ----------------------------------------------------------------------------------------
@@ -582,16 +571,8 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _windows(x: Tensor) -> Tensor:
-    """The 3 x 3 neighbourhood of each place of x (B, C, h, w), zero beyond the edge: (B h w, 9 C), channel last."""
-    channels = x.shape[1]
-    rows = F.pad(x.permute(0, 2, 3, 1).contiguous(), (0, 0, 1, 1, 1, 1)).flatten(2)         # (B, h + 2, (w + 2) C)
-    return rows.unfold(2, 3 * channels, channels).unfold(1, 3, 1).transpose(3, 4).reshape(-1, 9 * channels)
-
-
 class _SmallConv(torch.autograd.Function):
     """conv2d(x, weight, bias, padding=1), the gradient in its weight as one matrix product."""
-
     @staticmethod
     def forward(ctx, x, weight, bias):
         """x (B, C, h, w), weight (D, C, 3, 3), bias (D,), of one dtype -> (B, D, h, w)."""
@@ -604,18 +585,21 @@ class _SmallConv(torch.autograd.Function):
         """grad (B, D, h, w) -> gradients in x, weight and bias, None where none is needed."""
         (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
         grad_x = F.conv_transpose2d(grad, weight, padding=1) if for_x else None
-        grad_weight = None
-        if for_weight:
-            grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2).T @ _windows(x)            # (D, 9 C)
-            grad_weight = grad_weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if for_bias else None
+        grad_bias = grad.sum((0, 2, 3)) if for_bias else None
+        if not for_weight:
+            return grad_x, None, grad_bias
+        n, edge = x.shape[1], (0, 0, 1, 1, 1, 1)
+        lines = F.pad(x.permute(0, 2, 3, 1).contiguous(), edge).flatten(2)                      # (B, h + 2, (w + 2) C)
+        windows = lines.unfold(2, 3 * n, n).unfold(1, 3, 1).transpose(3, 4).reshape(-1, 9 * n)  # (B h w, 9 C)
+        grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2).T @ windows                        # (D, 9 C)
+        return grad_x, grad_weight.unflatten(1, (3, 3, n)).permute(0, 3, 1, 2), grad_bias
 
 
 def conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """layer(x) for a 3 x 3 convolution without stride: x (B, C, h, w) -> (B, D, h, w).
-    In bf16 on the CPU, at 4 x 4 places, by _SmallConv: oneDNN takes 3 times as long for the weight's gradient there,
-    a training step of the denoiser 7 % longer."""
-    if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 16 or not torch.is_autocast_enabled("cpu"):
+    """layer(x) of a 3 x 3 convolution: x (B, C, h, w) -> (B, D, h, w). In bf16 on the CPU, at 4 x 4 places, by _SmallConv:
+    oneDNN takes 3 times as long for the weight's gradient there, a step of the denoiser 7 % longer."""
+    half = torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64
+    if not half or x.shape[2] * x.shape[3] > 16:
         return layer(x)
     dtype = torch.get_autocast_dtype("cpu")
     return _SmallConv.apply(*(t.to(dtype) for t in (x, layer.weight, layer.bias)))

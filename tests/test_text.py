@@ -13,8 +13,7 @@ from torch.distributions import Categorical
 from torch.testing import assert_close
 
 from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, attention, attention_bias,
-                        chosen_log_prob, drop_preferences, linear, sample_text, sampling_logits, text_distribution,
-                        text_log_prob)
+                        chosen_log_prob, drop_preferences, linear, sample_text, sampling_logits, text_log_prob)
 
 TEXTS = ["a tiny fish at dawn, how sweet it is", "behold the mighty fish of night!", "the the the there then",
          "dusk  comes: the boat's here", "Toy Story (1995): Animation, Children", "Heat (1995): Crime",
@@ -401,14 +400,12 @@ def test_the_null_logits_that_sampling_kept_are_those_of_the_null_branch(guidanc
     said = sample_text(decoder, prompt, prefs.clamp(min=0), torch.Generator().manual_seed(3), guidance, max_len=6, keep_null=True)
     assert (said.null is None) == (guidance == 1) and sample_text(decoder, prompt, prefs, guidance=2.0).null is None
     given = said.tokens, prompt, prefs.clamp(min=0), guidance, 1.0, 1.0
-    kept, anew = text_distribution(decoder, *given, said.null), text_distribution(decoder, *given)
-    written = said.tokens != PAD
-    assert not written[:, -1].all() or guidance == 1                # texts that end early: the rest was never computed
-    assert_close(kept[written], anew[written])
-    weight = torch.randn(kept[written].shape, generator=torch.Generator().manual_seed(4), dtype=kept.dtype)
-    gradients = [torch.autograd.grad((weight[..., EOS:] * x[written][..., EOS:]).sum(), decoder.preference.weight)[0]
-                 for x in (kept, anew)]
-    assert_close(*gradients)
+    kept, anew = text_log_prob(decoder, *given, said.null), text_log_prob(decoder, *given)
+    assert not (said.tokens != PAD)[:, -1].all() or guidance == 1   # texts that end early: the rest was never computed
+    assert_close(kept, anew)
+    assert guidance == 1 or (text_log_prob(decoder, *given, torch.zeros_like(said.null)) != anew).all()
+    weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(4), dtype=kept.dtype)
+    assert_close(*(torch.autograd.grad((weight * x).sum(), decoder.preference.weight)[0] for x in (kept, anew)))
 
 
 def test_cached_logits_equal_forward():
