@@ -164,7 +164,7 @@ def propagate(graph: Graph, x0: Tensor, layers: int, half: bool = False) -> Tens
     """Layer-0 embeddings (N, D) -> (N, D), the mean of layers 0..layers, x^(k+1) = spmm(x^k) (2002.02126v4,
     eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only x0 is learnt.
     A mean of powers of a symmetric matrix is symmetric: the whole propagation is its own backward pass.
-    half: on the CPU the layers after x0 in bf16, for training (DEVIATION 24): what they add is right to 0.4 %."""
+    half: on the CPU the layers after x0 in bf16, for training (DEVIATION 25): what they add is right to 0.4 %."""
     half = half and layers > 0 and x0.device.type in ("cpu", "meta")
     return _SymmetricMap.apply(x0, lambda x: (_mean_of_layers_half if half else _mean_of_layers)(graph, x, layers))
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
-from dppmg import Config, Dataset, parse_prompt, read_checkpoint  # noqa: E402
+from dppmg import Config, Dataset, parse_prompt  # noqa: E402
 
 FORM = re.compile(r".+ \(\d{4}\): (.+)")
 
