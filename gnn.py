@@ -392,7 +392,7 @@ class ModalGNN(nn.Module):
         history = build_graph(user, item, n_new, graph.n_items).to(graph.col.device)
         layers = self.cfg.layers
         items = propagate(graph, self._layer0(), layers - 1)[self.n_users:]     # (I, M D) layers 0..L-1
-        owner, liked = _pairs(history, 0, n_new)                                # (H,) each
+        owner, liked = _pairs(history, torch.arange(n_new, device=items.device))        # (H,) each
         n_liked = history.row_ptr.long().diff()[owner]                          # (H,)
         n_likers = graph.row_ptr.diff()[graph.n_users + liked] + 1              # (H,)
         weight = layers / (layers + 1) * (n_liked * n_likers).to(items.dtype).rsqrt()           # (H,)
@@ -402,11 +402,12 @@ class ModalGNN(nn.Module):
 
 # --------------------------------------------------------------------------------- how well it ranks
 
-def _pairs(graph: Graph, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Interactions of the users low..high-1: (user - low, item), int64 each."""
-    ptr = graph.row_ptr[low:high + 1]
-    item = graph.col[ptr[0]:ptr[-1]].long() - graph.n_users
-    return torch.repeat_interleave(ptr.diff().long(), output_size=len(item)), item
+def _pairs(graph: Graph, user: Tensor) -> tuple[Tensor, Tensor]:
+    """Interactions of the users (C,) int64: (place in user, item), int64 each."""
+    start, end = graph.row_ptr[user].long(), graph.row_ptr[user + 1].long()     # (C,)
+    row = torch.repeat_interleave(end - start)                                  # (H,)
+    nth = torch.arange(len(row), device=row.device) - ((end - start).cumsum(0) - (end - start))[row]
+    return row, graph.col[start[row] + nth].long() - graph.n_users
 
 
 def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen_row: Tensor, seen_item: Tensor) -> Tensor:
@@ -450,17 +451,15 @@ def ranking_metrics(user_emb, item_emb, seen: Graph, test: Graph, k: int = 20, c
         raise ValueError("ranking_metrics: the embeddings hold NaN or infinity; training diverged, lower lr")
     k, parts = min(k, size[1]), []
     discount = 1 / torch.arange(2, k + 2, dtype=user_emb.dtype, device=user_emb.device).log2()      # (k,)
-    for low in range(0, size[0], chunk):
-        rows = user_emb[low:low + chunk]                                        # (C, D)
-        top = top_items(rows, item_emb, k, *_pairs(seen, low, low + len(rows)))             # (C, k)
+    user = torch.nonzero(test.row_ptr[:size[0] + 1].diff()).squeeze(1)          # (R,)
+    for rows in user.split(chunk):                                              # (C,)
+        top = top_items(user_emb[rows], item_emb, k, *_pairs(seen, rows))       # (C, k)
         wanted = torch.zeros(len(rows), size[1] + 1, dtype=torch.bool, device=rows.device)
-        wanted[_pairs(test, low, low + len(rows))] = True                       # (C, I+1)
+        wanted[_pairs(test, rows)] = True                                       # (C, I+1)
         hit, n_test = wanted.gather(1, top).to(discount.dtype), wanted.sum(1)   # (C, k), (C,)
-        best = discount.cumsum(0)[n_test.clamp(1, k) - 1]                       # (C,)
-        parts.append(torch.stack([n_test, hit.sum(1) / n_test.clamp(min=1), hit @ discount / best]))
-    n_test, recall, ndcg = torch.cat(parts, dim=1)                              # (U,) each
-    user = torch.nonzero(n_test).squeeze(1)
-    return Ranking(user, recall[user], ndcg[user])
+        best = discount.cumsum(0)[n_test.clamp(max=k) - 1]                      # (C,)
+        parts.append(torch.stack([hit.sum(1) / n_test, hit @ discount / best]))
+    return Ranking(user, *torch.cat(parts, dim=1))
 
 
 def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20) -> dict[str, float]:
