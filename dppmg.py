@@ -9,7 +9,8 @@
     repeat:                                                     # reward.py: make the two agree, for this person
         x, y  = several images and texts for one (user, prompt)
         R     = lambda_c cos(x, y) + lambda_p (p_image . W f(x) + p_text . W f(y))
-        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m alone
+        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m alone,
+        less kl_text KL[p(y) || p(y) at the start]              #   lest the texts please nobody but the reward
     a new user's p_m: the history's items, propagated once      # fold_in
 
 This file: the data folder (Dataset), the settings (Config), the method wired together (DPPMG) and
@@ -51,8 +52,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from generators import (PAD, Autoencoder, Denoiser, ImageConfig, Sampled, TextConfig, TextDecoder, Tokenizer, chosen_log_prob,
-                        sample_latents, sample_text, sampling_logits, table_as, transition)
+from generators import (PAD, Autoencoder, Denoiser, ImageConfig, Sampled, TextConfig, TextDecoder, Tokenizer, sample_latents,
+                        sample_text, sampling_logits, table_as, text_log_prob, transition)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
                     pair_reward, reinforce_loss)
@@ -531,10 +532,10 @@ class Generated(NamedTuple):
 
 
 class ReinforceStep(NamedTuple):
-    loss: Tensor                # () surrogate: its gradient is that of -E[R] and the weighted KL
+    loss: Tensor                # () surrogate: its gradient is that of -E[R], and of the weighted KLs at what was sampled
     parts: RewardParts          # what the reward was made of
     kl_image: Tensor            # () nats per image: drift of the differentiated steps from the starting tokens
-    kl_text: Tensor             # () nats per text: drift of the text policy
+    kl_text: Tensor             # () nats per text: drift of the text policy, before its nucleus is cut out
 
 
 class DPPMG(nn.Module):
@@ -613,9 +614,8 @@ class DPPMG(nn.Module):
         return bool(able and self.cfg.method.bf16)
 
     def half(self) -> contextlib.AbstractContextManager:
-        """DEVIATION 20: within it the generators compute in bf16, where that is faster (a Xeon: training 1.4 to 1.8, sampling
-        1.0 to 2.1 times as fast). Weights, attention on the CPU, sums and log-probabilities stay fp32; codebook and scorer
-        do without."""
+        """DEVIATION 20: within it the generators compute in bf16, where that is faster. Weights, attention on the CPU, sums
+        and log-probabilities stay fp32; codebook and scorer do without."""
         kind = self.preference_image.device.type
         return torch.autocast(kind, torch.bfloat16) if self.uses_bf16 else contextlib.nullcontext()
 
@@ -734,7 +734,7 @@ class DPPMG(nn.Module):
         return self.sample_chain(*args, generator, cfg.diffusion_steps, cfg.images), args
 
     def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Sampled, tuple[Tensor, Tensor]]:
-        """DEVIATION 24: from the nucleus that users see, not from all tokens: what is never shown would only add noise."""
+        """DEVIATION 24: from the nucleus that users see; the rest would add noise. What that lets drift, kl_text holds."""
         args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
         return self._sample_text(*args, generator, self.cfg.reward.texts, True), args
 
@@ -755,16 +755,16 @@ class DPPMG(nn.Module):
     def _text_surrogate(self, texts, args, advantage, reference) -> tuple[Tensor, Tensor]:
         """Loss of the texts, and the KL of the policy, before its nucleus is cut out (else it were infinite), from the
         reference table's (0 where there is none)."""
-        cfg, tokens, written = self.cfg.text, texts.tokens, texts.tokens != PAD
-        with self.half():
-            logits = self.text(tokens, *args)                                                   # (B, T, V)
-        shape = texts.null, cfg.guidance, cfg.temperature
-        log_p = sampling_logits(logits, *shape, cfg.top_p, keep=tokens)
-        loss, kl = reinforce_loss(chosen_log_prob(log_p, tokens), advantage), log_p.new_zeros(())
+        cfg, tokens = self.cfg.text, texts.tokens
+        with self.half():       # the null branch never reads the table: its logits are kept from sampling
+            cond = self.text(tokens, *args)                                                     # (B, T, V)
+        guided = texts.null, cfg.guidance, cfg.temperature
+        log_prob = text_log_prob(cond, texts.null, tokens, cfg.guidance, cfg.temperature, cfg.top_p)
+        loss, kl = reinforce_loss(log_prob, advantage), log_prob.new_zeros(())
         if reference is not None:
             with torch.no_grad(), table_as(self.text, reference), self.half():
-                start = sampling_logits(self.text(tokens, *args), *shape)
-            kl = categorical_kl(sampling_logits(logits, *shape), start, written).mean()
+                start = sampling_logits(self.text(tokens, *args), *guided)
+            kl = categorical_kl(sampling_logits(cond, *guided), start, tokens != PAD).mean()
         return loss, kl
 
     # files

@@ -267,9 +267,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor
     torch's bf16 kernel takes 17 times as long there for heads as narrow as these."""
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+    dtype, inputs = query.dtype, (_at_least_fp32(x) for x in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        query, key, value = (_at_least_fp32(x) for x in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return F.scaled_dot_product_attention(*inputs, attn_mask=bias).to(dtype)
 
 
 def drop_preferences(prefs: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
@@ -323,7 +323,7 @@ class Block(nn.Module):
             cache[:, :, start:start + length] = memory
             memory = cache[:, :, :start + length]
         mixed = attention(query, memory[:, :1], memory[:, 1:], bias).reshape(x.shape)
-        return x + linear(torch.cat([mixed.to(hidden.dtype), F.silu(hidden)], dim=-1), self.contract.weight)
+        return x + linear(torch.cat([mixed, F.silu(hidden)], dim=-1), self.contract.weight)
 
 
 class Cache(NamedTuple):
@@ -472,7 +472,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     T = max_len counts EOS; None: the decoder's context. Both branches of guidance run as one batch. The
     generator lives on prompt's device and advances by the same amount whatever is sampled. group: so many rows
     in a row have the same condition: their prefix is computed once. keep_null: return the null branch's logits
-    (0 after the last text's end), for text_log_prob. Raises ValueError if max_len is outside [1, context]
+    (0 after the last text's end), which text_log_prob takes. Raises ValueError if max_len is outside [1, context]
     or B no multiple of group, and as sampling_logits and Conditioned.embed do."""
     batch, context = len(prompt), decoder.cfg.context
     max_len = context if max_len is None else max_len
@@ -494,6 +494,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
         log_p = sampling_logits(logits[:batch], null, guidance, temperature, top_p)     # (B, V)
         cdf = log_p.exp().cumsum(-1)
         token = torch.searchsorted(cdf, uniform[t] * cdf[:, -1:], right=True)[:, 0]     # 10 times multinomial's speed
+        token = token.clamp(max=cdf.shape[1] - 1)               # all are NaN: the loss will say so
         log_prob = log_prob + log_p.gather(-1, token[:, None])[:, 0].masked_fill(done, 0.0)
         token = token.masked_fill(done, PAD)
         tokens[:, t] = token
@@ -503,25 +504,16 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     return Sampled(tokens, log_prob, F.pad(torch.stack(nulls, 1), (0, 0, 0, max_len - len(nulls))) if nulls else None)
 
 
-def chosen_log_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """(B,) nats: log-probability of tokens (B, T) under log_p (B, T, V): their sum without PAD."""
-    return log_p.gather(-1, tokens[..., None])[..., 0].masked_fill(tokens == PAD, 0.0).sum(-1)
+def text_log_prob(cond: Tensor, null: Tensor | None, tokens: Tensor, guidance: float = 1.0, temperature: float = 1.0,
+                  top_p: float = 1.0) -> Tensor:
+    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples tokens (B, T).
 
-
-def text_log_prob(decoder: TextDecoder, tokens: Tensor, prompt: Tensor, prefs: Tensor, guidance: float = 1.0,
-                  temperature: float = 1.0, top_p: float = 1.0, null: Tensor | None = None) -> Tensor:
-    """(B,) nats, differentiable: the log-probability that sample_text at these settings samples `tokens`.
-
-    tokens (B, T), prompt (B, P), prefs (B, M) as sample_text returns and takes them; a token outside the
-    nucleus counts as inside. The null branch never reads `preference`: with all else frozen it has no graph,
-    and null (B, T, V), its logits as sample_text has kept them, spares computing it again. Raises ValueError
-    on temperature <= 0, and as TextDecoder.forward does."""
+    cond, null (B, T, V): the decoder's logits of the tokens, with and without preferences; null None: w = 1. A
+    token outside the nucleus counts as inside. Raises ValueError on temperature <= 0."""
     if temperature <= 0:
         raise ValueError(f"text_log_prob: temperature={temperature}: need temperature > 0 for a gradient")
-    cond = decoder(tokens, prompt, prefs)                                   # (B, T, V)
-    if null is None and guidance != 1:
-        null = decoder(tokens, prompt, None)
-    return chosen_log_prob(sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens), tokens)
+    log_p = sampling_logits(cond, null, guidance, temperature, top_p, keep=tokens)          # (B, T, V)
+    return log_p.gather(-1, tokens[..., None])[..., 0].masked_fill(tokens == PAD, 0.0).sum(-1)
 
 
 # Images: autoencoder ----------------------------------------------------------------------------------------

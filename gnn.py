@@ -130,12 +130,17 @@ class _SymmetricMap(torch.autograd.Function):
         return ctx.apply_map(grad.contiguous()), None
 
 
-def spmm(graph: Graph, x: Tensor) -> Tensor:
-    """D^-1/2 A D^-1/2 x: x (N, D) -> (N, D) of x's dtype, differentiable (once) in x (2002.02126v4, eq. 7).
-    Time grows with edges x D, memory with nodes x D. Raises ValueError unless x has one row per node."""
+def _check_rows(graph: Graph, x: Tensor) -> None:
+    """ValueError unless x has one row per node."""
     if x.ndim != 2 or len(x) != len(graph.row_ptr) - 1:
         raise ValueError(f"spmm: x is {tuple(x.shape)} but the graph has {len(graph.row_ptr) - 1} nodes "
                          f"({graph.n_users} users + {graph.n_items} items); give one row per node")
+
+
+def spmm(graph: Graph, x: Tensor) -> Tensor:
+    """D^-1/2 A D^-1/2 x: x (N, D) -> (N, D) of x's dtype, differentiable (once) in x (2002.02126v4, eq. 7).
+    Time grows with edges x D, memory with nodes x D. Raises ValueError unless x has one row per node."""
+    _check_rows(graph, x)
     product = _PRODUCT.get(x.device.type, _csr_product)
     return _SymmetricMap.apply(x, lambda x: product(graph, x))
 
@@ -150,13 +155,15 @@ def _mean_of_layers(graph: Graph, x: Tensor, layers: int) -> Tensor:
 
 
 def _mean_of_layers_half(graph: Graph, x: Tensor, layers: int) -> Tensor:
-    """The same with the rows that a product gathers in bf16: half the bytes, which are what a product takes its time for.
-    With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again."""
+    """The same for layers > 0, the rows that a product gathers and their sum in bf16: half the bytes, which are what a
+    product takes its time for. With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again."""
+    _check_rows(graph, x)
     degree = graph.row_ptr.diff().clamp(min=1)[:, None].to(x.dtype)             # (N, 1)
-    y, total, shrink = (x * degree.rsqrt()).bfloat16(), None, degree.reciprocal().bfloat16()
+    y, inverse = (x * degree.rsqrt()).bfloat16(), degree.reciprocal().bfloat16()
+    total = None                                                                # (N, D) y^1 + ... + y^layers
     for _ in range(layers):
-        after = F.embedding_bag(graph.col, y, graph.row_ptr, mode="sum", include_last_offset=True).mul_(shrink)
-        total, y = after if total is None else total.add_(after), after         # (N, D); y^1, read by now, holds the sum
+        y = F.embedding_bag(graph.col, y, graph.row_ptr, mode="sum", include_last_offset=True).mul_(inverse)
+        total = y.clone() if total is None else total.add_(y)
     return total.to(x.dtype).mul_(degree.sqrt() / (layers + 1)).add_(x, alpha=1 / (layers + 1))
 
 
@@ -164,8 +171,9 @@ def propagate(graph: Graph, x0: Tensor, layers: int, half: bool = False) -> Tens
     """Layer-0 embeddings (N, D) -> (N, D), the mean of layers 0..layers, x^(k+1) = spmm(x^k) (2002.02126v4,
     eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only x0 is learnt.
     A mean of powers of a symmetric matrix is symmetric: the whole propagation is its own backward pass.
-    half: on the CPU the layers after x0 in bf16, for training (DEVIATION 25): what they add is right to 0.4 %."""
-    half = half and layers > 0 and x0.device.type in ("cpu", "meta")
+    half: for build_graph's weights, in fp32 on the CPU, the layers after x0 in bf16 (DEVIATION 25): what they add is right
+    to 0.4 %. Elsewhere it changes nothing. Raises ValueError as spmm does."""
+    half = half and layers > 0 and x0.dtype == torch.float32 and x0.device.type in ("cpu", "meta")
     return _SymmetricMap.apply(x0, lambda x: (_mean_of_layers_half if half else _mean_of_layers)(graph, x, layers))
 
 

@@ -3,6 +3,7 @@
     R = lambda_c cos + lambda_p (s_x + s_y)   pair_reward     each term normalized within its group of samples
     A_s = R_s - mean of the group's others    leave_one_out   (Kool et al. 2019)
     grad = E[A grad log pi]                   reinforce_loss  (Williams 1992), a step of token_optimizer
+    KL[pi || pi of the starting tokens]       gaussian_kl  categorical_kl: the drift, and a penalty on it
     how good is a pair, on any data           judge_*  swap_share  taste  frechet_distance  interval
 Shapes: B batch, D width, G groups, S samples in a group (S_i images, S_t texts), T text length, V vocabulary,
 P prompt words, W distinct prompts, U users, I items, N and M sizes of two sets, H picture side in pixels."""
@@ -42,13 +43,13 @@ class RewardConfig:
     diffusion_steps: int = 4          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
     grad_steps: int = 1               # of these, the first ones, which are differentiated
     kl_image: float = 0.0             # weight of the pictures' KL from the starting tokens, per nat (bounds the drift)
-    kl_text: float = 0.2              # weight of the texts' KL from the starting tokens, per nat
+    kl_text: float = 0.2              # weight of the texts' KL from the starting tokens, per nat (DEVIATION 24)
     log_every: int = 25               # rounds between two lines with the exact or the judge's measures
 
     def __post_init__(self):
         shares = {"scorer_mirror": 0, "scorer_zoom": 0, "scorer_dropout": 0, "scorer_drop": 0}
-        limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_image": 0, "kl_text": 0, "scorer_shift": 0, "rounds": 0, "images": 2,
-                           "texts": 2, "scorer_batch": 2, "scorer_width": 8}
+        limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_image": 0, "kl_text": 0, "scorer_shift": 0, "rounds": 0,
+                           "images": 2, "texts": 2, "scorer_batch": 2, "scorer_width": 8}
         for name, value in vars(self).items():
             low = limits.get(name, 0 if isinstance(value, float) else 1)
             strict = isinstance(value, float) and name not in limits  # learning rates and the temperature

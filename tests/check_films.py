@@ -27,9 +27,13 @@ def main():
     asked = json.loads((args.run / "config.json").read_text())
     parts = {name: part(**asked["settings"][name]) for name, part in train.PARTS.items()}
     settings, cfg = parts.pop("train"), Config(**parts)
+    if asked["data"] is None:
+        parser.error(f"{args.run} is a run on stickers; need one on films")
     data = Dataset.load(asked["data"], cfg.image.size, cfg.method.seed)
     run = train.Run(cfg, settings, data, None, args.run, torch.device("cpu"))
     run.restore(args.run / "checkpoint.pt")
+    if "reward" not in run.done:
+        parser.error(f"{args.run} is not finished; go on with train.py --resume")
     pairs = train.draw_pairs(run, train.TEST, args.pairs)
     known, items = {data.texts[i] for i in run.seen.tolist()}, pairs.item.tolist()
     for variant in train.VARIANTS:

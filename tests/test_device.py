@@ -154,7 +154,7 @@ def test_a_whole_run_in_mixed_precision_is_finite_and_its_log_probabilities_are_
             kinds.setdefault(name, set()).add((found.dtype, bool(found.isfinite().all())))
             return found
         monkeypatch.setattr(dppmg, name, call)
-    for name in ("gaussian_log_prob", "chosen_log_prob"):
+    for name in ("gaussian_log_prob", "text_log_prob"):
         watched(name)
     seed_tables = dppmg.DPPMG.seed_tables
 
@@ -162,9 +162,13 @@ def test_a_whole_run_in_mixed_precision_is_finite_and_its_log_probabilities_are_
         seed_tables(model)
         model.text.tokens.weight.data.mul_(300)
     monkeypatch.setattr(dppmg.DPPMG, "seed_tables", seed_large)
-    monkeypatch.setattr(dppmg.DPPMG, "half", lambda self: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(dppmg.DPPMG, "uses_bf16", True)
+    rows, embedding_bag = set(), torch.nn.functional.embedding_bag
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag",
+                        lambda col, x, *args, **named: rows.add(x.dtype) or embedding_bag(col, x, *args, **named))
     _, metrics = tiny(torch.device("cpu"))
-    assert kinds == {name: {(torch.float32, True)} for name in ("gaussian_log_prob", "chosen_log_prob")}
+    assert kinds == {name: {(torch.float32, True)} for name in ("gaussian_log_prob", "text_log_prob")}
+    assert rows == {torch.float32, torch.bfloat16}                  # of the graph: what is measured, and what trains
     assert all(value == value for name, value in leaves(metrics) if name.endswith("mean"))
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("gnn", "vq", "generators", "reward", "dppmg", "train"))
     switched_on = [line for line in re.findall(r"torch\.autocast.*", source) if "enabled=False" not in line]

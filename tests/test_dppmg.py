@@ -457,17 +457,41 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_drift_is_a_penalty_with_its_weight(modality):
-    model, losses = toy(), []
+def test_the_drift_is_a_penalty_with_its_weight_by_value_and_gradient(modality):
+    model, losses, slopes = toy().double(), [], []
     start = {m: torch.zeros_like(table) for m, table in tables(model).items()}
     for weight in (0.0, 2.0):
         model.cfg = replace(CFG, reward=replace(CFG.reward, **{"kl_text": 0.0, f"kl_{modality}": weight}))
-        losses += [step(model, with_kl=with_kl, reference=start) for with_kl in (True, False)]
+        for with_kl in (True, False):
+            losses.append(step(model, with_kl=with_kl, reference=start))
+            slopes.append(tables(model)[modality].grad)
     known, _, penalized, unlogged = losses
     drift = getattr(known, f"kl_{modality}")
     assert drift > 0.01 and getattr(unlogged, f"kl_{modality}") == drift        # measured wherever it counts
-    assert_close(penalized.loss - known.loss, 2 * drift, rtol=1e-3, atol=1e-4)
-    assert torch.equal(unlogged.loss, penalized.loss)
+    assert_close(penalized.loss - known.loss, 2 * drift)
+    assert torch.equal(unlogged.loss, penalized.loss) and torch.equal(slopes[2], slopes[3])
+    table, ahead = tables(model)[modality], torch.randn(start[modality].shape, generator=rng(), dtype=torch.float64)
+
+    def drift_at(distance):
+        """Of what was sampled at the start of the test: the rollouts are taken from it, their KL from the moved table."""
+        rollouts = {m: getattr(model, f"_rollout_{m}s")(torch.tensor([0, 3]), torch.tensor([[1, 0], [2, 0]]), g)
+                    for g in [rng()] for m in MODALITIES}
+        still = torch.zeros(len(rollouts[modality][1][0]), dtype=torch.float64)
+        with torch.no_grad():
+            table.add_(distance * ahead)
+            kl = getattr(model, f"_{modality}_surrogate")(*rollouts[modality], still, start[modality])[1]
+            table.sub_(distance * ahead)
+        return kl
+    slope = (drift_at(1e-5) - drift_at(-1e-5)) / 2e-5
+    assert_close(((slopes[2] - slopes[0]) * ahead).sum(), 2 * slope, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_is_off_where_it_is_not_wanted():
+    for wanted in (0, 1):
+        model = toy(replace(CFG, method=replace(CFG.method, bf16=wanted)))
+        with model.half():
+            assert torch.is_autocast_enabled("cpu") == model.uses_bf16
+        assert wanted or not model.uses_bf16
 
 
 def test_reinforce_pleases_the_person():

@@ -143,6 +143,14 @@ def test_propagation_in_bf16_rows_is_right_to_a_percent_by_value_and_gradient(la
         assert layers == 0 or not torch.equal(rough, exact)
 
 
+def test_bf16_rows_are_for_float32_alone_and_for_one_row_a_node(graph):
+    x = normal(U + I, 3)
+    assert torch.equal(gnn.propagate(graph, x, 2, half=True), gnn.propagate(graph, x, 2))
+    for rows in (1, U + I - 1):
+        with pytest.raises(ValueError, match=rf"x is \({rows}, 3\) but the graph has 14 nodes"):
+            gnn.propagate(graph, x[:rows].float(), 2, half=True)
+
+
 def test_spmm_names_both_sizes(graph):
     with pytest.raises(ValueError, match=r"x is \(13, 2\) but the graph has 14 nodes \(6 users \+ 8 items\)"):
         gnn.spmm(graph, torch.zeros(13, 2))

@@ -775,6 +775,13 @@ def test_small_convolution_is_the_convolution_in_value_and_gradient(monkeypatch)
     assert calls == [(4, 4)]                                        # neither larger pictures nor fp32
 
 
+def test_the_denoiser_runs_in_pure_bf16():
+    net, (z, t, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    exact = net(z.float(), t.float(), prompt, prefs)
+    rough = net.bfloat16()(z.bfloat16(), t.bfloat16(), prompt, prefs)
+    assert rough.dtype == torch.bfloat16 and (rough - exact).norm() <= 0.05 * exact.norm()
+
+
 def test_mixed_precision_keeps_chain_loss_and_transition_in_fp32():
     net, (z, _, prompt, prefs) = tiny(dtype=torch.float32), batch()
     loss, chain = net.loss(z.float(), prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 2.0, 3)

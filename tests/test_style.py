@@ -83,6 +83,10 @@ def test_readme_map_points_at_real_code():
             target = getattr(target, part)
 
 
+def test_readme_has_no_gap():
+    assert not re.findall(r"@[A-Z]+@|TODO|XXX", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 def test_every_setting_has_a_help_text():
     import train
     assert [f"{group}.{name}" for group, name, _, text in train.settings(train.PARTS) if not text] == []

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 from torch.testing import assert_close
 
+import generators
 from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, attention, attention_bias,
-                        chosen_log_prob, drop_preferences, linear, sample_text, sampling_logits, text_log_prob)
+                        drop_preferences, linear, sample_text, sampling_logits)
 
 TEXTS = ["a tiny fish at dawn, how sweet it is", "behold the mighty fish of night!", "the the the there then",
          "dusk  comes: the boat's here", "Toy Story (1995): Animation, Children", "Heat (1995): Crime",
@@ -35,6 +36,11 @@ def tiny(vocab=11, words=5, levels=2, codes=3, dtype=torch.float64, **cfg):
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn(parameter.shape, dtype=dtype) * 0.5)
     return decoder
+
+
+def text_log_prob(decoder, tokens, prompt, prefs, *settings, **named):
+    """generators.text_log_prob of what the decoder says, guided or not."""
+    return generators.text_log_prob(decoder(tokens, prompt, prefs), decoder(tokens, prompt, None), tokens, *settings, **named)
 
 
 def batch(size=4, length=6, vocab=11, words=5, levels=2, codes=3, seed=0):
@@ -181,7 +187,7 @@ def test_bf16_is_right_to_a_few_percent_by_value_and_gradient_and_its_attention_
     results = []
     for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
-            log_p = chosen_log_prob(decoder(tokens, prompt, prefs).float().log_softmax(-1), tokens)
+            log_p = generators.text_log_prob(decoder(tokens, prompt, prefs), None, tokens)
         results.append((log_p, *torch.autograd.grad(log_p.sum(), list(decoder.parameters()))))
     for exact, rough in zip(*results):
         assert (rough - exact).norm() <= 0.05 * exact.norm() and rough.dtype == torch.float32
@@ -399,11 +405,12 @@ def test_the_null_logits_that_sampling_kept_are_those_of_the_null_branch(guidanc
     decoder.requires_grad_(False).preference.requires_grad_(True)
     said = sample_text(decoder, prompt, prefs.clamp(min=0), torch.Generator().manual_seed(3), guidance, max_len=6, keep_null=True)
     assert (said.null is None) == (guidance == 1) and sample_text(decoder, prompt, prefs, guidance=2.0).null is None
-    given = said.tokens, prompt, prefs.clamp(min=0), guidance, 1.0, 1.0
-    kept, anew = text_log_prob(decoder, *given, said.null), text_log_prob(decoder, *given)
+    given, cond = (said.tokens, prompt, prefs.clamp(min=0)), decoder(said.tokens, prompt, prefs.clamp(min=0))
+    kept, anew = generators.text_log_prob(cond, said.null, said.tokens, guidance), text_log_prob(decoder, *given, guidance)
     assert not (said.tokens != PAD)[:, -1].all() or guidance == 1   # texts that end early: the rest was never computed
     assert_close(kept, anew)
-    assert guidance == 1 or (text_log_prob(decoder, *given, torch.zeros_like(said.null)) != anew).all()
+    if guidance != 1:
+        assert (generators.text_log_prob(cond, torch.zeros_like(cond), said.tokens, guidance) != anew).all()
     weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(4), dtype=kept.dtype)
     assert_close(*(torch.autograd.grad((weight * x).sum(), decoder.preference.weight)[0] for x in (kept, anew)))
 
@@ -453,6 +460,13 @@ def test_the_least_and_largest_uniform_draw_a_possible_token(uniform, monkeypatc
     for top_p in (0.5, 1.0):
         sampled = sample_text(decoder, prompt, prefs, None, 2.0, 1.0, top_p)
         assert sampled.log_prob.isfinite().all() and (sampled.tokens[:, 0] >= EOS).all()
+
+
+def test_logits_that_are_not_finite_end_in_a_log_probability_that_says_so():
+    decoder, (_, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    decoder.preference.weight.data.fill_(math.nan)
+    sampled = sample_text(decoder, prompt, prefs.clamp(min=0), torch.Generator().manual_seed(0), 2.0, top_p=0.9)
+    assert ((sampled.tokens >= 0) & (sampled.tokens < 11)).all() and sampled.log_prob.isnan().all()
 
 
 def outcomes(vocab, length):

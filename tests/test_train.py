@@ -1026,6 +1026,16 @@ def test_the_pareto_study_shares_the_stages_before_the_reward(spare, monkeypatch
     assert "-- pareto: 1 : 0" in capsys.readouterr().out
 
 
+def test_each_row_of_the_pareto_study_is_as_strong_as_the_default(spare):
+    rows = [(label, row.cfg.reward) for label, row, _ in train.study_rows(spare, "pareto")][1:]
+    total, default = spare.cfg.reward.lambda_p + spare.cfg.reward.lambda_c, spare.cfg.reward
+    assert [label for label, _ in rows] == [f"{p:g} : {c:g}" for p, c in train.RATIOS] and len(rows) >= 5
+    for (p, c), (_, weights) in zip(train.RATIOS, rows):
+        assert weights.lambda_p + weights.lambda_c == pytest.approx(total)
+        assert weights.lambda_p * c == pytest.approx(weights.lambda_c * p)
+    assert default in [weights for _, weights in rows]
+
+
 def test_an_interrupted_bits_study_keeps_the_raw_row_that_it_has_trained(spare, monkeypatch):
     monkeypatch.setattr(train, "BITS", ())
     def raw():
