@@ -37,7 +37,8 @@ def our_jobs(layers: int, width: int, length: int) -> dict:
 
     def policy_gradient():
         decoder.requires_grad_(False).preference.requires_grad_(True)
-        text_log_prob(decoder, tokens, prompt, prefs, guidance=2.0).sum().backward()
+        logits = decoder(tokens, prompt, prefs), decoder(tokens, prompt, None)
+        text_log_prob(*logits, tokens, guidance=2.0).sum().backward()
         decoder.requires_grad_(True)
 
     return {"train step": train, "policy gradient": policy_gradient, "sample": sample(),
