@@ -376,7 +376,7 @@ class TextDecoder(Conditioned):
         words, tastes, present = self.embed(prompt, prefs)
         x = torch.cat([words, tastes], dim=1)
         kind, size, n_prefix = x.device.type, self.cfg.width // self.cfg.heads, x.shape[1]
-        half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if half else x.dtype
         memory = x.new_empty(len(self.blocks), len(x) * group, n_prefix + length, 2 * size,
                              dtype=x.dtype if kind == "cpu" else dtype)
