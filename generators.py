@@ -315,7 +315,7 @@ class Block(nn.Module):
 
 class Cache(NamedTuple):
     memory: Tensor      # (layers, B, P + M + T, 2 D / heads) keys and values, filled as we go
-    bias: Tensor        # (B, 1, P + M + T): -inf at the prompt's padding, else 0
+    bias: Tensor | None     # (B, 1, P + M + T): -inf at the prompt's padding, else 0; None on the CPU where there is no padding
     n_prefix: int       # P + M
     blocks: list[tuple[Tensor, Tensor]]     # each block's W_in^T, its columns [key, value, query / sqrt(size), hidden]; W_out^T
     output: Tensor      # (D, V - EOS): of the logits of EOS and what follows it; PAD and BOS are never next
@@ -387,28 +387,28 @@ class TextDecoder(Conditioned):
             query, key_value, hidden = block.expand.weight.split(block.sizes)
             expand = torch.cat([key_value, query * size**-0.5, hidden])
             blocks.append(tuple(weight.to(dtype).T.contiguous() for weight in (expand, block.contract.weight)))
-        output = self.tokens.weight[EOS:].to(dtype).T.contiguous()
-        return Cache(memory, bias.repeat_interleave(group, 0), n_prefix, blocks, output)
+        bias = None if kind == "cpu" and present.all() else bias.repeat_interleave(group, 0)
+        return Cache(memory, bias, n_prefix, blocks, self.tokens.weight[EOS:].to(dtype).T.contiguous())
 
     def step(self, token: Tensor, t: int, cache: Cache) -> Tensor:
         """Logits (B, V - EOS) of y_t+1 = EOS, ... given token (B,) = y_t, BOS for t = 0, which the cache then remembers.
-        Without gradient and, on the CPU, autocast: the cache's dtypes are chosen. Where all is so small, the number of
-        operations is what takes time: hence the one row that is worked on in place, and no concatenation."""
+        Without gradient, nor autocast on the CPU. So small, operations take time by their number: one row, worked on in place."""
         width, size, end = self.cfg.width, self.cfg.width // self.cfg.heads, cache.n_prefix + t + 1
         x = self.tokens(token) + self.position[t]                           # (B, D)
         row = x.new_empty(len(x), 2 * size + 5 * width, dtype=cache.output.dtype)
         own, mixed = row.split((2 * size, 5 * width), dim=1)                # key and value; what W_out multiplies
-        query, hidden = mixed.split((width, 4 * width), dim=1)
-        query = query.unflatten(1, (self.cfg.heads, size))                  # (B, heads, D / heads)
-        memory, bias = cache.memory[:, :, :end], cache.bias[:, :, :end]
-        keys, values = memory[..., :size].mT, memory[..., size:]            # (layers, B, D / heads, end), (.., end, D / heads)
-        for block, (expand, contract), key, value, last in zip(self.blocks, cache.blocks, keys, values, memory[:, :, -1]):
+        query, hidden = mixed[:, :width].unflatten(1, (self.cfg.heads, size)), mixed[:, width:]     # (B, heads, ..), (B, 4 D)
+        keys, values = cache.memory[:, :, :end].split(size, dim=3)          # (layers, B, end, D / heads)
+        layers = zip(self.blocks, cache.blocks, keys.mT, values, cache.memory[:, :, end - 1])
+        for block, (expand, contract), key, value, last in layers:
             torch.mm(block.norm(x).to(row.dtype), expand, out=row)
             last.copy_(own)
-            seen = torch.bmm(query.to(key.dtype), key).add_(bias).softmax(2)            # (B, heads, end)
-            query.copy_(torch.bmm(seen, value))
+            scores = torch.bmm(query.to(key.dtype), key)                    # (B, heads, end)
+            if cache.bias is not None:
+                scores += cache.bias[:, :, :end]
+            query.copy_(torch.bmm(scores.softmax(2), value))
             F.silu(hidden, inplace=True)
-            x = x + mixed @ contract
+            x = torch.addmm(x, mixed, contract) if x.dtype == row.dtype else x + mixed @ contract
         return self.norm(x).to(row.dtype) @ cache.output
 
 

@@ -1,8 +1,9 @@
 """Seconds of the text generator, beside nanoGPT's GPT if its model.py is given (not collected by pytest).
 
     OMP_NUM_THREADS=2 python tests/bench_text.py [--nanogpt PATH] [--layers 4] [--width 128] [--length 60]
-Best of --repeat runs, taken in turn so that a busy machine slows both alike. Ours also under bf16 autocast, as
-train.py computes where the processor has instructions for it; nanoGPT's too."""
+Best of --repeat turns of half a second at least, so that a busy machine slows both alike and a short job does not meet
+another's cache each time. Ours also under bf16 autocast, as train.py computes where the processor has instructions for
+it; nanoGPT's too."""
 
 import argparse
 import importlib.util
@@ -89,10 +90,12 @@ def main():
     wall, cpu = ({name: float("inf") for name in jobs} for _ in range(2))
     for _ in range(args.repeat):
         for name, job in jobs.items():
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            job()
-            wall[name] = min(wall[name], time.perf_counter() - begin)
-            cpu[name] = min(cpu[name], time.process_time() - begin_cpu)
+            turn = time.perf_counter() + 0.5
+            while time.perf_counter() < turn:
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                job()
+                wall[name] = min(wall[name], time.perf_counter() - begin)
+                cpu[name] = min(cpu[name], time.process_time() - begin_cpu)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.layers} layers, width "
           f"{args.width}, {BATCH} texts, {args.length} tokens sampled, {BLOCK} trained")
     for name in jobs:

@@ -415,13 +415,28 @@ def test_the_null_logits_that_sampling_kept_are_those_of_the_null_branch(guidanc
     assert_close(*(torch.autograd.grad((weight * x).sum(), decoder.preference.weight)[0] for x in (kept, anew)))
 
 
-def test_cached_logits_equal_forward():
+@pytest.mark.parametrize("padded", [True, False])
+def test_cached_logits_equal_forward(padded):
     decoder, (tokens, prompt, prefs) = tiny(), batch()
+    prompt = prompt if padded else prompt.clamp(min=1)
     with torch.no_grad():
         cache = decoder.start(prompt, prefs, 6)
         before = F.pad(tokens, (1, -1), value=BOS)
         steps = [decoder.step(before[:, t], t, cache) for t in range(6)]
         assert_close(torch.stack(steps, 1), decoder(tokens, prompt, prefs)[..., EOS:])
+    assert (cache.bias is None) == (not padded)
+
+
+def test_under_autocast_the_cache_is_in_bf16_and_close_to_forward():
+    decoder, (tokens, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = decoder.start(prompt, prefs, 6)
+        logits = decoder(tokens, prompt, prefs)[..., EOS:].float()
+    assert {w.dtype for w in (cache.output, *cache.blocks[0])} == {torch.bfloat16} and cache.memory.dtype == torch.float32
+    before = F.pad(tokens, (1, -1), value=BOS)
+    with torch.no_grad():
+        steps = torch.stack([decoder.step(before[:, t], t, cache) for t in range(6)], 1).float()
+    assert (steps - logits).norm() < 0.02 * logits.norm()
 
 
 def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_says():
