@@ -163,8 +163,8 @@ def propagate(graph: Graph, x0: Tensor, layers: int) -> Tensor:
 
 
 class _HalfMean:
-    """The same for some nodes, and back from them, with products in bf16: half the bytes, which are what a product takes
-    its time for. With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again.
+    """Rows of the mean of layers 0..layers, and the way back from them, with products in bf16: half the bytes, which are what
+    a product takes its time for. With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again.
     nodes (K,) int64, each once; layers > 0."""
 
     def __init__(self, graph: Graph, layers: int, nodes: Tensor, dtype: torch.dtype):
@@ -184,13 +184,14 @@ class _HalfMean:
         return F.embedding_bag(self.graph.col, y, self.graph.row_ptr, mode="sum", include_last_offset=True)
 
     def _sum_at_nodes(self, y: Tensor) -> Tensor:
-        """(A y)[nodes], (N, D) -> (K, D); where they have few of the edges, by looking at these alone."""
+        """(A y)[nodes], (N, D) -> (K, D). Where they have few of the edges, by looking at these alone: to list an edge takes
+        the time of three in a product of all."""
         ends = self.count.cumsum(0, dtype=self.count.dtype)                         # (K,)
-        if 4 * ends[-1:].sum() > len(self.graph.col):
+        if 4 * int(self.count.sum()) > len(self.graph.col):
             return self._sum(y)[self.nodes]
         first = ends - self.count
         edge = torch.repeat_interleave(self.graph.row_ptr[self.nodes] - first, self.count)
-        edge += torch.arange(len(edge), dtype=edge.dtype)
+        edge += torch.arange(len(edge), dtype=edge.dtype, device=edge.device)
         return F.embedding_bag(self.graph.col[edge], y, first, mode="sum")
 
     def rows(self, x0: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x0, nodes, graph, layers, half):
-        """x0 (N, D), nodes (K,) int64, each once -> (K, D), (K, D)."""
+        """x0 (N, D), nodes (K,) int64, with half each once -> (K, D), (K, D)."""
         ctx.save_for_backward(nodes)
         ctx.graph, ctx.layers = graph, layers
         ctx.mean = _HalfMean(graph, layers, nodes, x0.dtype) if half else None
@@ -238,7 +239,7 @@ def propagated_rows(graph: Graph, x0: Tensor, nodes: Tensor, layers: int, half: 
     half = half and layers > 0 and x0.dtype == torch.float32 and x0.device.type == "cpu"
     once, place = nodes.unique(return_inverse=True) if half else (nodes.flatten(), None)
     rows = _Rows.apply(x0, once, graph, layers, half)
-    return tuple(F.embedding(place, part) if half else part.unflatten(0, nodes.shape) for part in rows)
+    return tuple(F.embedding(place, part) if half else part.reshape(*nodes.shape, x0.shape[1]) for part in rows)
 
 
 # -------------------------------------------------------------------- what is learnt: liked above other
@@ -440,15 +441,14 @@ class ModalGNN(nn.Module):
         Of several candidates the one with the highest summed score counts (dynamic negative sampling, doi
         10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures.
         half: as in propagated_rows."""
-        x0 = self._layer0()                                                     # (N, M D)
+        items = self.n_users + torch.cat([pos[None], neg.reshape(len(pos), -1).T])                  # (1 + C, B)
+        nodes = torch.cat([user[None], items])                                                      # (2 + C, B)
+        rows, own = propagated_rows(graph, self._layer0(), nodes, self.cfg.layers, half)            # (2 + C, B, M D) each
         if neg.ndim == 2:
-            with torch.no_grad():
-                x = propagate(graph, x0, self.cfg.layers)
-                score = torch.einsum("bd,bcd->bc", x[user], x[self.n_users + neg])
-                neg = neg.gather(1, score.argmax(dim=1, keepdim=True)).squeeze(1)
-        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])     # (3, B)
-        rows, own = propagated_rows(graph, x0, nodes, self.cfg.layers, half)    # (3, B, M D) each
-        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                         # (B, M, D) each
+            best = torch.einsum("bd,cbd->cb", rows[0].detach(), rows[2:].detach()).argmax(0)        # (B,)
+            triplet = torch.stack([torch.zeros_like(best), torch.ones_like(best), 2 + best])        # (3, B)
+            rows, own = (part[triplet, torch.arange(len(best), device=best.device)] for part in (rows, own))
+        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                                             # (B, M, D) each
         pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)                   # (B, M)
         loss = bpr_loss(pos_score.sum(1), neg_score.sum(1))
         if len(self.modalities) > 1:
