@@ -439,6 +439,23 @@ def test_under_autocast_the_cache_is_in_bf16_and_close_to_forward():
     assert (steps - logits).norm() < 0.02 * logits.norm()
 
 
+def test_sampling_under_autocast_has_only_its_products_in_bf16(monkeypatch):
+    decoder, (_, prompt, prefs) = tiny(dtype=torch.float32), batch(size=64)
+    said = {}
+    for where in ("nowhere", "start", "everywhere"):
+        start = decoder.start
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=where == "everywhere"):
+            patch.setattr(decoder, "start", lambda *args: torch.autocast("cpu", torch.bfloat16, where != "nowhere")(start)(*args))
+            said[where] = sample_text(decoder, prompt, prefs, torch.Generator().manual_seed(1), guidance=2.0, top_p=0.9)
+    assert torch.equal(said["start"].tokens, said["everywhere"].tokens)
+    assert torch.equal(said["start"].log_prob, said["everywhere"].log_prob)
+    assert not torch.equal(said["start"].log_prob, said["nowhere"].log_prob)
+    double = tiny(dtype=torch.float64)
+    plain, under = (torch.autocast("cpu", torch.bfloat16, enabled=on)(sample_text)(
+        double, prompt, prefs, torch.Generator().manual_seed(1)).log_prob for on in (False, True))
+    assert plain.dtype == torch.float64 and torch.equal(plain, under)
+
+
 def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_says():
     decoder, (_, prompt, prefs) = tiny(dtype=torch.float32), batch(size=8)
     one, two = (torch.Generator().manual_seed(5) for _ in range(2))
