@@ -440,15 +440,18 @@ class ModalGNN(nn.Module):
         user, pos (B,), neg (B,) or candidates (B, C), int64 -> () nats: ln 2 per BPR from fresh weights.
         Of several candidates the one with the highest summed score counts (dynamic negative sampling, doi
         10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures.
-        half: as in propagated_rows."""
-        items = self.n_users + torch.cat([pos[None], neg.reshape(len(pos), -1).T])                  # (1 + C, B)
-        nodes = torch.cat([user[None], items])                                                      # (2 + C, B)
-        rows, own = propagated_rows(graph, self._layer0(), nodes, self.cfg.layers, half)            # (2 + C, B, M D) each
-        if neg.ndim == 2:
-            best = torch.einsum("bd,cbd->cb", rows[0].detach(), rows[2:].detach()).argmax(0)        # (B,)
-            triplet = torch.stack([torch.zeros_like(best), torch.ones_like(best), 2 + best])        # (3, B)
-            rows, own = (part[triplet, torch.arange(len(best), device=best.device)] for part in (rows, own))
-        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                                             # (B, M, D) each
+        half: as in propagated_rows; with candidates it changes nothing."""
+        x0, many = self._layer0(), neg.ndim == 2                                # (N, M D)
+        if many:                                                                # then most rows are asked for, so all are made
+            x = propagate(graph, x0, self.cfg.layers)
+            score = torch.einsum("bd,bcd->bc", x.detach()[user], x.detach()[self.n_users + neg])
+            neg = neg.gather(1, score.argmax(dim=1, keepdim=True)).squeeze(1)
+        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])     # (3, B)
+        if many:
+            rows, own = F.embedding(nodes, x), F.embedding(nodes, x0)           # (3, B, M D) each
+        else:
+            rows, own = propagated_rows(graph, x0, nodes, self.cfg.layers, half)
+        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                         # (B, M, D) each
         pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)                   # (B, M)
         loss = bpr_loss(pos_score.sum(1), neg_score.sum(1))
         if len(self.modalities) > 1:

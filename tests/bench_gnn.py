@@ -158,7 +158,7 @@ def train_lastfm(args, graph: gnn.Graph, steps: int, watch=None) -> gnn.ModalGNN
     model = gnn.ModalGNN(graph.n_users, graph.n_items, {"id": None}, cfg, generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, fused=True)
     for step in range(1, steps + 1):
-        loss = model.loss(graph, *gnn.sample_triplets(graph, cfg.batch, generator, cfg.candidates), args.half)
+        loss = model.loss(graph, *gnn.sample_triplets(graph, cfg.batch, generator, cfg.candidates))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -221,7 +221,6 @@ def main() -> None:
     lastfm.add_argument("--lr", type=float, default=0.003)
     lastfm.add_argument("--l2", type=float, default=3e-3)
     lastfm.add_argument("--batch", type=int, default=4096)
-    lastfm.add_argument("--half", action="store_true", help="train with bf16 rows")
     lastfm.add_argument("--candidates", type=int, default=16, help="1: uniform negatives, plain LightGCN")
     parser.add_argument("--one", type=int, nargs=3, help=argparse.SUPPRESS)     # edges, users, items
     args = parser.parse_args()
