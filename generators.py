@@ -289,10 +289,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, attention and MLP side by side: x + W_out [attention; silu(hidden)], all of [query, key,
-    value, hidden] = W_in norm(x) (as PaLM, 2204.02311v5, Sec. 2): two matrix products where GPT-2 has four. No biases,
-    SiLU (half of GELU's time on the CPU), one key and one value for all heads (multi-query attention, Shazeer
-    1911.02150v1): the cache is `heads` times smaller, sampling 1.6 times as fast, the loss equal."""
+    """Pre-norm transformer block, attention and MLP side by side: x + W_out [attention; f(hidden)], all of [query, key,
+    value, hidden] = W_in norm(x) (as PaLM, 2204.02311v5, Sec. 2): two matrix products where GPT-2 has four. No biases; f is
+    SiLU (half of GELU's time on the CPU); one key and value for all heads
+    (multi-query attention, Shazeer 1911.02150v1): the cache is `heads` times smaller, sampling 1.6 times as fast, loss equal."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -317,8 +317,10 @@ class Cache(NamedTuple):
     memory: Tensor      # (layers, B, P + M + T, 2 D / heads) keys and values, filled as we go
     bias: Tensor | None     # (B, 1, P + M + T): -inf at the prompt's padding, else 0; None on the CPU where there is no padding
     n_prefix: int       # P + M
-    blocks: list[tuple[Tensor, Tensor]]     # each block's W_in^T, its columns [key, value, query / sqrt(size), hidden]; W_out^T
+    blocks: list[tuple[Tensor, Tensor, Tensor]]     # weights of each block: norm; W_in^T for row, query / sqrt(size); W_out^T
     output: Tensor      # (D, V - EOS): of the logits of EOS and what follows it; PAD and BOS are never next
+    row: Tensor         # (B, 2 D / heads + 5 D) [key, value, query, hidden] of a token, each in place of the last
+    parts: list[Tensor]     # of row: key and value; query (B, heads, D / heads); hidden; query and hidden, which W_out multiplies
 
 
 class TextDecoder(Conditioned):
@@ -382,34 +384,35 @@ class TextDecoder(Conditioned):
                              dtype=torch.promote_types(x.dtype, torch.float32) if kind == "cpu" else dtype)
         bias, blocks = attention_bias(F.pad(present, (0, length), value=True)[:, None], x), []
         for block, layer in zip(self.blocks, memory):
-            x, own = block(x, bias[:, None, :, :n_prefix])
+            query, key_value, hidden = block.expand.weight.T.split(block.sizes, dim=1)
+            last = block is self.blocks[-1]         # only its keys and values are asked for
+            x, own = (x, linear(block.norm(x), key_value.T)) if last else block(x, bias[:, None, :, :n_prefix])
             layer[:, :n_prefix] = own.repeat_interleave(group, 0)
-            query, key_value, hidden = block.expand.weight.split(block.sizes)
-            expand = torch.cat([key_value, query * size**-0.5, hidden])
-            blocks.append(tuple(weight.to(dtype).T.contiguous() for weight in (expand, block.contract.weight)))
+            expand = torch.cat([key_value, query * size**-0.5, hidden], dim=1).to(dtype)
+            blocks.append((block.norm.weight, expand, block.contract.weight.T.to(dtype).contiguous()))
         bias = None if kind == "cpu" and present.all() else bias.repeat_interleave(group, 0)
-        return Cache(memory, bias, n_prefix, blocks, self.tokens.weight[EOS:].to(dtype).T.contiguous())
+        row = x.new_empty(memory.shape[1], 2 * size + 5 * self.cfg.width, dtype=dtype)
+        own, query, hidden = row.split((2 * size, self.cfg.width, 4 * self.cfg.width), dim=1)
+        parts = [own, query.unflatten(1, (self.cfg.heads, size)), hidden, row[:, 2 * size:]]
+        return Cache(memory, bias, n_prefix, blocks, self.tokens.weight[EOS:].T.to(dtype).contiguous(), row, parts)
 
     def step(self, token: Tensor, t: int, cache: Cache) -> Tensor:
         """Logits (B, V - EOS) of y_t+1 = EOS, ... given token (B,) = y_t, BOS for t = 0, which the cache then remembers.
-        To be called under no_grad and, on the CPU, outside autocast. Few operations, as each is tiny: one row, worked on in place."""
-        width, size, end = self.cfg.width, self.cfg.width // self.cfg.heads, cache.n_prefix + t + 1
-        x = self.tokens(token) + self.position[t]                           # (B, D)
-        row = x.new_empty(len(x), 2 * size + 5 * width, dtype=cache.output.dtype)
-        own, mixed = row.split((2 * size, 5 * width), dim=1)                # key and value; what W_out multiplies
-        query, hidden = mixed[:, :width].unflatten(1, (self.cfg.heads, size)), mixed[:, width:]     # (B, heads, ..), (B, 4 D)
-        keys, values = cache.memory[:, :, :end].split(size, dim=3)          # (layers, B, end, D / heads)
-        layers = zip(self.blocks, cache.blocks, keys.mT, values, cache.memory[:, :, end - 1])
-        for block, (expand, contract), key, value, last in layers:
-            torch.mm(block.norm(x).to(row.dtype), expand, out=row)
+        Call it under no_grad and, on the CPU, outside autocast. Few operations, each is so small: all in place, in one row."""
+        end, row, (own, query, hidden, mixed) = cache.n_prefix + t + 1, cache.row, cache.parts
+        x = F.embedding(token, self.tokens.weight) + self.position[t]       # (B, D)
+        keys, values = cache.memory[:, :, :end].split(query.shape[2], dim=3)        # (layers, B, end, D / heads)
+        layers = zip(cache.blocks, keys.mT, values, cache.memory[:, :, end - 1])
+        for (norm, expand, contract), key, value, last in layers:
+            torch.mm(F.layer_norm(x, norm.shape, norm).to(row.dtype), expand, out=row)
             last.copy_(own)
             scores = torch.bmm(query.to(key.dtype), key)                    # (B, heads, end)
             if cache.bias is not None:
                 scores += cache.bias[:, :, :end]
             query.copy_(torch.bmm(scores.softmax(2), value))
             F.silu(hidden, inplace=True)
-            x = torch.addmm(x, mixed, contract) if x.dtype == row.dtype else x + mixed @ contract
-        return self.norm(x).to(row.dtype) @ cache.output
+            x = x.addmm_(mixed, contract) if x.dtype == row.dtype else x.add_(mixed @ contract)
+        return F.layer_norm(x, norm.shape, self.norm.weight).to(row.dtype) @ cache.output
 
 
 # Sampling ---------------------------------------------------------------------------------------------------
@@ -489,23 +492,22 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor, generator: 
     if guided:
         prompt, prefs = torch.cat([prompt, prompt]), torch.cat([prefs, torch.full_like(prefs, -1)])
     cache = decoder.start(prompt[::group], prefs[::group], max_len, group)
-    token, ended = prompt.new_full((batch, 1), BOS), prompt.new_zeros(batch, 1, dtype=torch.bool)
+    token = least = prompt.new_full((batch, 1), BOS)            # least of a text's choices: 0, which is EOS, once it has ended
     texts, chosen, nulls = [], [], []
     here = prompt.device.type == "cpu"          # where inference_mode makes so small operations a tenth faster
     with torch.inference_mode() if here else contextlib.nullcontext(), torch.autocast("cpu", enabled=False):   # see step
-        for t in range(max_len):
+        for t, draw in enumerate(uniform):
             logits = decoder.step((token.repeat(2, 1) if guided else token)[:, 0], t, cache)    # (B or 2 B, V - EOS)
             null = logits[batch:] if guided else None
             nulls += [null] * (keep_null and guided)
             p = _scores(logits[:batch], null, guidance, temperature, top_p).softmax(-1)         # (B, V - EOS)
             cdf = p.cumsum(-1)
-            choice = torch.searchsorted(cdf, uniform[t] * cdf[:, -1:], right=True)  # 10 times multinomial's speed
-            choice = choice.clamp(max=cdf.shape[1] - 1)         # all are NaN: the loss will say so
+            choice = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)  # 10 times multinomial's speed
+            choice.clamp_(max=cdf.shape[1] - 1)                 # all are NaN: the loss will say so
+            chosen.append(p.gather(1, choice))
             token = choice + EOS
             texts.append(token)
-            chosen.append(p.gather(1, choice))
-            ended |= token == EOS
-            if here and ended.all():                            # elsewhere this is a host sync
+            if here and not (least := torch.minimum(least, choice)).any():  # elsewhere this is a host sync
                 break
     tokens, log_prob = torch.cat(texts, 1), torch.cat(chosen, 1).log()       # (B, t + 1)
     is_end = (tokens == EOS).long()
@@ -841,9 +843,8 @@ def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
 
 
 @torch.no_grad()
-def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
-                   generator: torch.Generator | None = None, guidance: float = 1.0, steps: int = 8,
-                   eta: float = 1.0, until: float = 0.0, group: int = 1) -> Tensor:
+def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
+                   guidance: float = 1.0, steps: int = 8, eta: float = 1.0, until: float = 0.0, group: int = 1) -> Tensor:
     """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1].
     prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the
     last is Gaussian, and transition() gives its density. The generator, on the denoiser's device, advances by
@@ -867,10 +868,9 @@ def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
 
 def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs: Tensor, guidance: float,
                eta: float, until: float = 0.0, group: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it
-    with the same settings; log N(chain[k + 1]; mean, std^2), summed over the latent, is the step's
-    log-probability (DDPO, 2305.13301v4, Sec. 4.2). chain (S + 1, B, C, h, h), prompt (B, P), prefs (B, M).
-    Raises ValueError for a step that is not Gaussian: the last one, or any at eta = 0."""
+    """Mean (B, C, h, h), differentiable, and std () of chain[k + 1] given chain[k], as sample_latents drew it with the same
+    settings; log N(chain[k + 1]; mean, std^2), summed over the latent, is the step's log-probability (DDPO, 2305.13301v4,
+    Sec. 4.2). chain (S + 1, B, C, h, h), prompt (B, P), prefs (B, M). Raises ValueError unless 0 <= k < S - 1, eta > 0."""
     steps = len(chain) - 1
     if not 0 <= k < steps - 1 or eta == 0:
         raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density: need "

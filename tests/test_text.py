@@ -432,7 +432,9 @@ def test_under_autocast_the_cache_is_in_bf16_and_close_to_forward():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = decoder.start(prompt, prefs, 6)
         logits = decoder(tokens, prompt, prefs)[..., EOS:].float()
-    assert {w.dtype for w in (cache.output, *cache.blocks[0])} == {torch.bfloat16} and cache.memory.dtype == torch.float32
+    norm, *products = cache.blocks[0]
+    assert {x.dtype for x in (cache.output, cache.row, *products)} == {torch.bfloat16}
+    assert norm.dtype == cache.memory.dtype == torch.float32
     before = F.pad(tokens, (1, -1), value=BOS)
     with torch.no_grad():
         steps = torch.stack([decoder.step(before[:, t], t, cache) for t in range(6)], 1).float()
@@ -463,12 +465,11 @@ def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_
     assert torch.equal(first.tokens, second.tokens) and torch.equal(first.log_prob, second.log_prob)
     assert first.log_prob.dtype == torch.float32
     with torch.no_grad():
-        decoder.norm.weight.zero_()         # all logits 0 ..
-        decoder.tokens.weight.zero_()
+        decoder.tokens.weight.zero_()       # all logits 0 ..
     sample_text(decoder, prompt, prefs, one)
     with torch.no_grad():
-        decoder.norm.bias = torch.nn.Parameter(torch.ones(8))
-        decoder.tokens.weight[EOS] = 9.0    # .. and all on EOS: stops after one token
+        decoder.position[0] = 99 * torch.tensor([1.0, -1.0]).repeat(4)
+        decoder.tokens.weight[EOS] = decoder.position[0]        # .. and all on EOS: stops after one token
     short = sample_text(decoder, prompt, prefs, two)
     assert (short.tokens[:, 0] == EOS).all() and (short.tokens[:, 1:] == PAD).all()
     assert torch.equal(one.get_state(), two.get_state())
