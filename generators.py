@@ -319,8 +319,8 @@ class Cache(NamedTuple):
     n_prefix: int       # P + M
     blocks: list[tuple[Tensor, Tensor, Tensor]]     # weights of each block: norm; W_in^T for row, query / sqrt(size); W_out^T
     output: Tensor      # (D, V - EOS): of the logits of EOS and what follows it; PAD and BOS are never next
-    row: Tensor         # (B, 2 D / heads + 5 D) [key, value, query, hidden] of a token, each in place of the last
-    parts: list[Tensor]     # of row: key and value; query (B, heads, D / heads); hidden; query and hidden, which W_out multiplies
+    views: tuple[Tensor, Tensor]    # of memory: keys (layers, B, D / heads, P + M + T), values (layers, B, P + M + T, D / heads)
+    row: list[Tensor]       # [key, value, query, hidden] of a token (B, 2 D / heads + 5 D), each in place of the last; its parts
 
 
 class TextDecoder(Conditioned):
@@ -393,25 +393,27 @@ class TextDecoder(Conditioned):
         bias = None if kind == "cpu" and present.all() else bias.repeat_interleave(group, 0)
         row = x.new_empty(memory.shape[1], 2 * size + 5 * self.cfg.width, dtype=dtype)
         own, query, hidden = row.split((2 * size, self.cfg.width, 4 * self.cfg.width), dim=1)
-        parts = [own, query.unflatten(1, (self.cfg.heads, size)), hidden, row[:, 2 * size:]]
-        return Cache(memory, bias, n_prefix, blocks, self.tokens.weight[EOS:].T.to(dtype).contiguous(), row, parts)
+        row = [row, own, query.unflatten(1, (self.cfg.heads, size)), hidden, row[:, 2 * size:]]     # W_out multiplies the last
+        views, output = (memory[..., :size].mT, memory[..., size:]), self.tokens.weight[EOS:].T.to(dtype).contiguous()
+        return Cache(memory, bias, n_prefix, blocks, output, views, row)
 
     def step(self, token: Tensor, t: int, cache: Cache) -> Tensor:
         """Logits (B, V - EOS) of y_t+1 = EOS, ... given token (B,) = y_t, BOS for t = 0, which the cache then remembers.
         Call it under no_grad and, on the CPU, outside autocast. Few operations, each is so small: all in place, in one row."""
-        end, row, (own, query, hidden, mixed) = cache.n_prefix + t + 1, cache.row, cache.parts
+        end, (keys, values), (row, own, query, hidden, mixed) = cache.n_prefix + t + 1, cache.views, cache.row
         x = F.embedding(token, self.tokens.weight) + self.position[t]       # (B, D)
-        keys, values = cache.memory[:, :, :end].split(query.shape[2], dim=3)        # (layers, B, end, D / heads)
-        layers = zip(cache.blocks, keys.mT, values, cache.memory[:, :, end - 1])
+        plain = x.dtype == row.dtype == keys.dtype                          # a cast to the same takes time, too
+        layers = zip(cache.blocks, keys.narrow(3, 0, end), values.narrow(2, 0, end), cache.memory.select(2, end - 1))
         for (norm, expand, contract), key, value, last in layers:
-            torch.mm(F.layer_norm(x, norm.shape, norm).to(row.dtype), expand, out=row)
+            normed = F.layer_norm(x, norm.shape, norm)
+            torch.mm(normed if plain else normed.to(row.dtype), expand, out=row)
             last.copy_(own)
-            scores = torch.bmm(query.to(key.dtype), key)                    # (B, heads, end)
+            scores = torch.bmm(query if plain else query.to(key.dtype), key)        # (B, heads, end)
             if cache.bias is not None:
                 scores += cache.bias[:, :, :end]
             query.copy_(torch.bmm(scores.softmax(2), value))
             F.silu(hidden, inplace=True)
-            x = x.addmm_(mixed, contract) if x.dtype == row.dtype else x.add_(mixed @ contract)
+            x = x.addmm_(mixed, contract) if plain else x.add_(mixed @ contract)
         return F.layer_norm(x, norm.shape, self.norm.weight).to(row.dtype) @ cache.output
 
 
@@ -812,10 +814,9 @@ def ddim_step(z: Tensor, v: Tensor, t: Tensor, s: Tensor, eta: float) -> tuple[T
 
 
 def guided_v(denoiser: Denoiser, z: Tensor, t: Tensor, prompt: Tensor, prefs: Tensor, guidance: float) -> Tensor:
-    """v(null) + w (v(prefs) - v(null)), fp32 or better (2207.12598v1, Eq. 6, on v and with w for its 1 + w;
-    the prompt is in both). z (B, C, h, h), t () or (B,) -> (B, C, h, h). Both branches run as one batch; at
-    w = 1 the null branch is skipped. With gradient on, the null branch runs apart and without it: what
-    REINFORCE changes is not in it."""
+    """v(null) + w (v(prefs) - v(null)), fp32 or better (2207.12598v1, Eq. 6, on v and with w for its 1 + w; the prompt is
+    in both). z (B, C, h, h), t () or (B,) -> (B, C, h, h). Both branches run as one batch; at w = 1 the null branch is
+    skipped. With gradient on, the null branch runs apart and without it: what REINFORCE changes is not in it."""
     t = t.expand(len(z))
     if guidance == 1:
         return _at_least_fp32(denoiser(z, t, prompt, prefs))
@@ -845,13 +846,12 @@ def _ddim_from(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
 @torch.no_grad()
 def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None = None,
                    guidance: float = 1.0, steps: int = 8, eta: float = 1.0, until: float = 0.0, group: int = 1) -> Tensor:
-    """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1].
-    prompt (B, P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the
-    last is Gaussian, and transition() gives its density. The generator, on the denoiser's device, advances by
-    the same amount whatever is sampled. until: the time from which on nothing is guided (2404.07724v2): a
-    guided step costs two. group: so many rows in a row have the same condition and start from the same noise,
-    so that their first step is computed once; from there on they go apart (eta > 0).
-    Raises ValueError if steps < 1, eta is outside [0, 1], or B is no multiple of group."""
+    """The whole chain (S + 1, B, C, h, h) of DDIM from noise, chain[0], to standardized latents, chain[-1]. prompt (B,
+    P), prefs (B, M) int64, -1 null. eta = 0: deterministic given chain[0]; else each step but the last is Gaussian, and
+    transition() gives its density. The generator, on the denoiser's device, advances by the same amount whatever is
+    sampled. until: the time from which on nothing is guided (2404.07724v2): a guided step costs two. group: so many rows
+    in a row have the same condition and start from the same noise, so that their first step is computed once; from there
+    on they go apart (eta > 0). Raises ValueError if steps < 1, eta is outside [0, 1], or B is no multiple of group."""
     if steps < 1 or not 0 <= eta <= 1:
         raise ValueError(f"sample_latents: steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1")
     _check_group("sample_latents", group, len(prompt))

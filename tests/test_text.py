@@ -433,7 +433,7 @@ def test_under_autocast_the_cache_is_in_bf16_and_close_to_forward():
         cache = decoder.start(prompt, prefs, 6)
         logits = decoder(tokens, prompt, prefs)[..., EOS:].float()
     norm, *products = cache.blocks[0]
-    assert {x.dtype for x in (cache.output, cache.row, *products)} == {torch.bfloat16}
+    assert {x.dtype for x in (cache.output, *cache.row, *products)} == {torch.bfloat16}
     assert norm.dtype == cache.memory.dtype == torch.float32
     before = F.pad(tokens, (1, -1), value=BOS)
     with torch.no_grad():
