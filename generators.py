@@ -289,10 +289,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, attention and MLP side by side: x + W_out [attention; f(hidden)], all of [query, key,
-    value, hidden] = W_in norm(x) (as PaLM, 2204.02311v5, Sec. 2): two matrix products where GPT-2 has four. No biases; f is
-    SiLU (half of GELU's time on the CPU); one key and value for all heads
-    (multi-query attention, Shazeer 1911.02150v1): the cache is `heads` times smaller, sampling 1.6 times as fast, loss equal."""
+    """Pre-norm transformer block, attention and MLP side by side: x + W_out [attention; silu(hidden)], all of [query, key,
+    value, hidden] = W_in norm(x) (as PaLM, 2204.02311v5, Sec. 2): two matrix products where GPT-2 has four. No biases,
+    SiLU (half of GELU's time on the CPU), one key and one value for all heads (multi-query attention, Shazeer
+    1911.02150v1): the cache is `heads` times smaller, sampling 1.6 times as fast, the loss equal."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -317,10 +317,10 @@ class Cache(NamedTuple):
     memory: Tensor      # (layers, B, P + M + T, 2 D / heads) keys and values, filled as we go
     bias: Tensor | None     # (B, 1, P + M + T): -inf at the prompt's padding, else 0; None on the CPU where there is no padding
     n_prefix: int       # P + M
-    blocks: list[tuple[Tensor, Tensor, Tensor]]     # weights of each block: norm; W_in^T for row, query / sqrt(size); W_out^T
+    blocks: list[tuple[Tensor, Tensor, Tensor]]     # of each block: norm (D,); W_in^T, for a row, query / sqrt(size); W_out^T
     output: Tensor      # (D, V - EOS): of the logits of EOS and what follows it; PAD and BOS are never next
     views: tuple[Tensor, Tensor]    # of memory: keys (layers, B, D / heads, P + M + T), values (layers, B, P + M + T, D / heads)
-    row: list[Tensor]       # [key, value, query, hidden] of a token (B, 2 D / heads + 5 D), each in place of the last; its parts
+    row: list[Tensor]   # a token's [key, value, query, hidden] (B, 2 D / heads + 5 D), written over by the next; its parts
 
 
 class TextDecoder(Conditioned):
@@ -393,13 +393,13 @@ class TextDecoder(Conditioned):
         bias = None if kind == "cpu" and present.all() else bias.repeat_interleave(group, 0)
         row = x.new_empty(memory.shape[1], 2 * size + 5 * self.cfg.width, dtype=dtype)
         own, query, hidden = row.split((2 * size, self.cfg.width, 4 * self.cfg.width), dim=1)
-        row = [row, own, query.unflatten(1, (self.cfg.heads, size)), hidden, row[:, 2 * size:]]     # W_out multiplies the last
+        parts = [own, query.unflatten(1, (self.cfg.heads, size)), hidden, row[:, 2 * size:]]     # W_out takes the last
         views, output = (memory[..., :size].mT, memory[..., size:]), self.tokens.weight[EOS:].T.to(dtype).contiguous()
-        return Cache(memory, bias, n_prefix, blocks, output, views, row)
+        return Cache(memory, bias, n_prefix, blocks, output, views, [row, *parts])
 
     def step(self, token: Tensor, t: int, cache: Cache) -> Tensor:
         """Logits (B, V - EOS) of y_t+1 = EOS, ... given token (B,) = y_t, BOS for t = 0, which the cache then remembers.
-        Call it under no_grad and, on the CPU, outside autocast. Few operations, each is so small: all in place, in one row."""
+        Call it under no_grad and, on the CPU, outside autocast. Small operations cost by their number: so few, in place."""
         end, (keys, values), (row, own, query, hidden, mixed) = cache.n_prefix + t + 1, cache.views, cache.row
         x = F.embedding(token, self.tokens.weight) + self.position[t]       # (B, D)
         plain = x.dtype == row.dtype == keys.dtype                          # a cast to the same takes time, too

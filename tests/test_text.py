@@ -35,6 +35,8 @@ def tiny(vocab=11, words=5, levels=2, codes=3, dtype=torch.float64, **cfg):
         for parameter in decoder.parameters():
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn(parameter.shape, dtype=dtype) * 0.5)
+        for norm in (decoder.norm, *(block.norm for block in decoder.blocks)):
+            norm.weight.copy_(1 + 0.5 * torch.rand(norm.weight.shape, dtype=dtype))
     return decoder
 
 
