@@ -48,7 +48,7 @@ from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, tab
 from gnn import bpr_loss, build_graph, ranking_summary, sample_positives, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
                     judge_measures, swap_share, taste, token_optimizer)
-from vq import code_lift, codebook_health, explained, linear_probe
+from vq import code_lift, codebook_health, explained
 
 
 @dataclass(frozen=True)
@@ -722,7 +722,7 @@ def measures(run: Run, pairs: Pairs, own: Content, other: Content) -> dict[str, 
 
 
 def evaluate(run: Run) -> str:
-    """Every variant's measures on the test part, with intervals; what the tokens tell; people who were not in training."""
+    """Every variant's measures on the test part, with intervals; people who were not in training."""
     pairs, table, judge = draw_pairs(run, TEST, run.train.pairs), {}, run.modules["judge"]
     liked = run.liked[1, draw(run.liked.shape[1], len(pairs.user), run.generator("frechet"))]
     tenth = pairs.user.unique(return_inverse=True)[1] % 10          # of the users: left out in turn
@@ -732,26 +732,9 @@ def evaluate(run: Run) -> str:
         features = [embed(judge, content)["image"] for content in (own, contents(run, liked))]
         table[variant]["frechet_image"] = frechet_interval(*features, tenth, min(10, int(tenth.max()) + 1))
     run.metrics["generation"] = table
-    if run.world:
-        run.metrics["probe"] = probe(run)
     run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
     return f"{name} {table['before_reward'][name]['mean']:.3f} before, {table['after_reward'][name]['mean']:.3f} after"
-
-
-def probe(run: Run) -> dict[str, dict[str, float]]:
-    """Stickers: accuracy with which a linear probe finds each user's favourite value of an attribute in the image tokens, in
-    the text tokens, in the shares of the values among the user's training items, and the commonest favourite's share."""
-    user, item = run.liked.cpu()
-    users, found = run.users.cpu(), {}
-    for k, (attribute, values) in enumerate(ATTRIBUTES.items()):
-        favourite = torch.from_numpy(run.world.tastes[attribute]).argmax(1)[users]
-        one_hot = F.one_hot(torch.from_numpy(run.world.items[:, k]), len(values)).double()
-        history = taste(one_hot, user, item, len(run.data.user_ids))[users]
-        inputs = {m: run.model.decode_tokens(m).cpu()[users] for m in MODALITIES} | {"history": history}
-        found[attribute] = {n: linear_probe(x, favourite, len(values)) for n, x in inputs.items()}
-        found[attribute]["commonest"] = favourite.bincount().max().item() / len(users)
-    return found
 
 
 def evaluate_new_users(run: Run) -> dict[str, dict]:
@@ -846,10 +829,10 @@ def report_numbers(run: Run) -> str:
     body += table(["codebook", "level", "usage", "perplexity", "explained", "collisions"],
                   [[k, str(n + 1), h["usage"][n], h["perplexity"][n], h["explained"], h["collision_rate"]]
                    for k, h in m["codebook"].items() for n in range(len(h["usage"]))])
-    for title, rows in (("favourite found by a linear probe in", m.get("probe")), ("new users, history of", m["new_users"])):
-        if rows:
-            heads = list(next(iter(rows.values())))
-            body += table([title, *heads], [[name, *(row[h] for h in heads)] for name, row in rows.items()])
+    if m["new_users"]:
+        heads = list(next(iter(m["new_users"].values())))
+        rows = [[name, *(row[h] for h in heads)] for name, row in m["new_users"].items()]
+        body += table(["new users, history of", *heads], rows)
     return body + table(["stage", "seconds", "CPU seconds"], [[s, *t] for s, t in run.seconds.items()])
 
 

@@ -301,21 +301,6 @@ def explained(p: Tensor, reconstruction: Tensor) -> float:
     return 1 - error / variance if variance > 1e-12 else float(error <= 1e-12)
 
 
-def linear_probe(x: Tensor, label: Tensor, n_labels: int, folds: int = 5, ridge: float = 1e-2) -> float:
-    """How much of a label a linear map finds in x: accuracy of ridge regression to one-hot labels on users that it was not
-    fitted to, over `folds` folds (user n is in fold n mod folds). x (U, F) any scale (standardized here), label (U,) int64."""
-    x = x.double()
-    x = torch.cat([(x - x.mean(0)) / x.std(0).clamp(min=1e-9), x.new_ones(len(x), 1)], 1)          # (U, F + 1)
-    target, right = F.one_hot(label, n_labels).double(), 0
-    fold = torch.arange(len(x), device=x.device) % folds
-    for k in range(folds):
-        fit = x[fold != k]
-        gram = fit.T @ fit + ridge * len(fit) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(gram, fit.T @ target[fold != k])
-        right += int(((x[fold == k] @ weight).argmax(1) == label[fold == k]).sum())
-    return right / len(x)
-
-
 def code_lift(codes: Tensor, traits: Tensor, n_codes: int) -> Tensor:
     """What each code means: how much more of each trait its users have than all users do, in standard errors.
     codes (U,) int64 of one level, traits (U, W) any unit -> (n_codes, W); 0 for a code without users."""
