@@ -1,9 +1,11 @@
-"""vq.py: slow obvious versions; what must hold for any input; planted answers; collapse and cure."""
+"""vq.py: slow obvious versions; what must hold for any input; planted answers; collapse, cure."""
 
 import copy
 import itertools
 import json
 import math
+import statistics
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ from vq import (EMACodebook, ResidualVQVAE, VQConfig, code_lift, codebook_health
                 explained, kmeans_plus_plus, mean_square, nearest_code, straight_through)
 
 TINY = VQConfig(levels=3, codes=4, dim=6, hidden=8, batch=16)
+
+
+@pytest.fixture(autouse=True)
+def random_weights_of_one_seed():
+    torch.manual_seed(0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -103,6 +110,15 @@ def test_nearest_code_refuses_other_widths():
     assert nearest_code(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0,)
 
 
+def test_nearest_code_takes_as_many_rows_as_fill_a_block(monkeypatch):
+    x, codebook = torch.empty(12, 1, device="meta"), torch.empty(20, 1, device="meta")
+    for block, largest in ((1, 20), (20, 20), (79, 60), (80, 80), (1000, 240)):
+        monkeypatch.setattr(vq, "BLOCK", block)
+        with LargestTensor() as seen:
+            nearest_code(x, codebook)
+        assert seen.largest == largest
+
+
 # ---- straight-through and the loss
 
 def test_straight_through_passes_the_gradient_unchanged():
@@ -113,6 +129,13 @@ def test_straight_through_passes_the_gradient_unchanged():
     assert_close(jacobian.reshape(20, 20), torch.eye(20, dtype=torch.float64), rtol=0, atol=0)
     z_q.sum().backward()
     assert e.grad is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_mean_square_is_a_mean_over_rows_and_a_sum_over_the_width(n):
+    x = normal(n, 3)
+    assert_close(mean_square(x).item(), sum(v * v for row in x.tolist() for v in row) / n)
+    assert mean_square(x[:0]) == 0
 
 
 def test_forward_equals_a_slow_one_by_value_and_gradient():
@@ -224,25 +247,47 @@ def test_wrong_shapes_name_both_sizes_and_the_cure():
 
 # ---- the moving average and the revival of codes
 
-def test_update_equals_a_loop_over_the_rows(monkeypatch):
+@pytest.mark.parametrize("revive_below", [0, 0.8])
+def test_update_equals_a_loop_over_the_rows(revive_below, monkeypatch):
     monkeypatch.setattr(vq, "LAPLACE", 0.5)  # large enough to be seen
-    config = VQConfig(codes=5, dim=3, revive_below=0)
-    book = EMACodebook(config).double()
+    book = EMACodebook(VQConfig(codes=5, dim=3, revive_below=revive_below)).double()
     count, total = book.count.numpy().copy(), book.total.numpy().copy()
+    revived = 0
     for step in range(4):
         x = normal(11, 3, seed=step)
         codes = torch.randint(4, (11,), generator=seeded(step))  # code 4: never
-        book.update(x, codes, 0.7, None)
-        share, sums = np.zeros(5), np.zeros((5, 3))
-        for row, code in zip(x.numpy(), codes):
+        share, sums, error = np.zeros(5), np.zeros((5, 3)), torch.zeros(11, dtype=torch.float64)
+        for n, (row, code) in enumerate(zip(x.numpy(), codes)):
             share[code] += 1 / 11
             sums[code] += row / 11
+            error[n] = sum((row - book.codebook[code].numpy()) ** 2)
         count, total = 0.7 * count + 0.3 * share, 0.7 * total + 0.3 * sums
+        rows = iter(draw_rows(error, 5, seeded(step)))
+        for code in range(5):
+            if count[code] < revive_below / 5:
+                count[code], total[code] = 1 / 5, x[next(rows)] / 5
+                revived += 1
         smooth = (count + 0.1) / (count.sum() + 5 * 0.1) * count.sum()
+        book.update(x, codes, 0.7, seeded(step))
         assert_close(book.count.numpy(), count)
         assert_close(book.total.numpy(), total)
         assert_close(book.codebook.numpy(), total / smooth[:, None])
-    assert book.count.sum().item() == pytest.approx(1)
+    assert revived >= 3 if revive_below else book.count.sum().item() == pytest.approx(1)
+
+
+def test_a_code_is_dead_below_the_threshold_and_not_at_it():
+    book = EMACodebook(VQConfig(codes=2, dim=1, revive_below=0.5)).double()
+    x = torch.tensor([[1.0], [1.0], [1.0], [-1.0]], dtype=torch.float64)
+    book.update(x, torch.tensor([0, 0, 0, 1]), 0.0, None)  # code 1: just half the fair share
+    assert book.count.tolist() == [0.75, 0.25]
+
+
+def test_a_new_codebook_is_random_with_codes_of_about_unit_length():
+    book = EMACodebook(VQConfig(codes=500, dim=40))
+    assert_close(book.count, torch.full((500,), 1 / 500))
+    assert_close(book.total / book.count[:, None], book.codebook)
+    assert book.codebook.square().sum(1).mean().item() == pytest.approx(1, rel=0.05)
+    assert abs(book.codebook.mean()) < 5 / (40 * 20_000) ** 0.5
 
 
 def test_dead_codes_restart_at_different_rows_of_the_batch_and_others_do_not_move():
@@ -274,7 +319,9 @@ def test_more_dead_codes_than_rows():
     book = EMACodebook(VQConfig(codes=8, dim=3, revive_below=0.5)).double()
     x = normal(2, 3)
     book.update(x, torch.zeros(2, dtype=torch.int64), 0.0, seeded())
-    assert (torch.cdist(book.codebook[1:], x).min(1).values < 1e-3).all()
+    distance = torch.cdist(book.codebook[1:], x)
+    assert (distance.min(1).values < 1e-3).all()
+    assert distance.argmin(1).bincount().tolist() in ([3, 4], [4, 3])  # in turn
 
 
 def test_draw_rows_follows_the_weights_without_replacement():
@@ -290,7 +337,7 @@ def test_draw_rows_follows_the_weights_without_replacement():
 # ---- k-means
 
 def planted(n: int = 400, clusters: int = 8, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows about 0.01 from centres of very unequal popularity: (n, width), means (clusters, width)."""
+    """Rows about 0.01 from centres of unequal popularity: (n, width), means (clusters, width)."""
     popular = torch.arange(1, clusters + 1, dtype=torch.float64) ** 2
     of = torch.multinomial(popular, n, replacement=True, generator=seeded(4))
     of[:clusters] = torch.arange(clusters)  # none is empty
@@ -317,6 +364,19 @@ def test_kmeans_plus_plus_seeds_are_rows_of_all_clusters():
         assert (torch.cdist(seeds, x).min(1).values < 1e-6).all()
         assert len(torch.cdist(seeds, centres).argmin(1).unique()) == 8
     assert kmeans_plus_plus(x[:2], 5, seeded()).shape == (5, 6)  # fewer rows than codes: repeats
+
+
+def test_kmeans_plus_plus_draws_in_proportion_to_squared_distance():
+    point, n, generator = [0.0, 1.0, 3.0, 7.0], 6000, seeded()
+    x, drawn = torch.tensor(point)[:, None], Counter()
+    for _ in range(n):
+        drawn[tuple(kmeans_plus_plus(x, 3, generator)[:, 0].tolist())] += 1
+    for a, b, c in itertools.permutations(point, 3):
+        second = (b - a) ** 2 / sum((y - a) ** 2 for y in point)
+        nearest = {y: min((y - a) ** 2, (y - b) ** 2) for y in point}
+        p = second * nearest[c] / sum(nearest.values()) / 4
+        sigma = (p * (1 - p) / n) ** 0.5
+        assert abs(drawn[a, b, c] / n - p) < 5 * sigma, (a, b, c)
 
 
 def test_lloyd_iterations_improve_on_the_seeds():
@@ -367,7 +427,6 @@ def train(net: ResidualVQVAE, p: torch.Tensor, steps: int, generator: torch.Gene
 
 
 def test_overfits_a_tiny_batch():
-    torch.manual_seed(0)
     p = normal(32, 8, dtype=torch.float32)
     net = ResidualVQVAE(8, VQConfig(levels=2, codes=8, dim=8, hidden=64, batch=64, lr=1e-2))
     net.initialize(p, seeded())
@@ -388,7 +447,6 @@ def crowd(n: int = 600, width: int = 16) -> torch.Tensor:
     (False, 0.0, False), (False, 0.1, True), (True, 0.1, True)],
     ids=["neither", "revival", "revival and k-means"])
 def test_collapse_and_its_cure(initialized, revive_below, healthy):
-    torch.manual_seed(0)
     p = crowd()
     sizes = dict(levels=4, codes=32, dim=16, hidden=32)
     net = ResidualVQVAE(16, VQConfig(**sizes, revive_below=revive_below, ema_decay=0.9))
@@ -399,18 +457,18 @@ def test_collapse_and_its_cure(initialized, revive_below, healthy):
     assert min(usage) >= 0.95 if healthy else min(usage) < 0.2, usage
 
 
-def test_the_same_seed_gives_the_same_bits():
-    def run():
+def test_the_generator_decides_all_that_is_drawn():
+    def run(other_seed):
         torch.manual_seed(0)
         net = ResidualVQVAE(6, TINY)
+        torch.manual_seed(other_seed)
         net.initialize(normal(40, 6, dtype=torch.float32), seeded(1))
         train(net, normal(40, 6, dtype=torch.float32), 5, seeded(2))
         return list(net.state_dict().values())
-    assert same(run(), run())
+    assert same(run(1), run(2))
 
 
 def test_state_dict_resumes_to_the_bit():
-    torch.manual_seed(0)
     p = normal(40, 6, dtype=torch.float32)
     net, other = ResidualVQVAE(6, TINY), ResidualVQVAE(6, TINY)
     not_learnt = set(net.state_dict()) - {name for name, _ in net.named_parameters()}
@@ -425,7 +483,7 @@ def test_state_dict_resumes_to_the_bit():
 
 @pytest.mark.parametrize("device, dtype", [("meta", torch.float32), ("cpu", torch.float64)])
 def test_a_training_step_runs_on_meta_and_in_float64(device, dtype):
-    """On meta any look at a value fails, and any tensor on another device: a step has no host sync."""
+    """On meta any look at a value fails, and any tensor on another device: no host sync."""
     with torch.device(device):
         net = ResidualVQVAE(6, VQConfig(levels=2, codes=20, dim=6, hidden=8)).to(dtype)
         p = torch.randn(16, 6, dtype=dtype)
@@ -465,3 +523,43 @@ def test_explained_of_known_reconstructions():
     assert explained(alike, F.normalize(alike)) == 1 and explained(alike, alike + 1) == 0
     with pytest.raises(ValueError, match=r"p is \(50, 4\), reconstruction \(49, 4\); need the"):
         explained(p, unit[1:])
+
+
+# ---- what a code means
+
+def slow_lift(codes: torch.Tensor, traits: torch.Tensor, n_codes: int) -> torch.Tensor:
+    lift = torch.zeros(n_codes, traits.shape[1], dtype=torch.float64)
+    for code, trait in itertools.product(range(n_codes), range(traits.shape[1])):
+        everyone = traits[:, trait].tolist()
+        own = [value for value, c in zip(everyone, codes.tolist()) if c == code]
+        if own:
+            above = statistics.mean(own) - statistics.mean(everyone)
+            lift[code, trait] = above / (statistics.stdev(everyone) / math.sqrt(len(own)))
+    return lift
+
+
+def test_code_lift_equals_a_slow_one():
+    codes = torch.randint(5, (40,), generator=seeded()) * 2  # 0, 2, 4, 6, 8
+    traits = normal(40, 3) * torch.tensor([1.0, 1e-3, 1e3]) + 7
+    assert_close(code_lift(codes, traits, 10), slow_lift(codes, traits, 10))
+    assert_close(code_lift(codes[:9], traits[:9], 9), slow_lift(codes[:9], traits[:9], 9))
+
+
+def test_code_lift_is_positive_for_what_a_code_stands_for():
+    """Code k stands for trait k; trait 3 is everyone's, code 3 nobody's."""
+    codes = torch.arange(30) % 3
+    traits = torch.cat([F.one_hot(codes, 3), torch.ones(30, 1)], 1).double() * 0.1
+    lift = code_lift(codes, traits, 4)
+    assert torch.equal(lift.sign()[:3, :3], 2 * torch.eye(3).double() - 1)
+    assert torch.equal(lift[3], torch.zeros(4).double())
+    assert (lift[:, 3].abs() < 1e-6).all()
+
+
+def test_code_lift_is_in_standard_errors_however_many_users_have_the_code():
+    codes = torch.tensor([0] * 4 + [1] * 40 + [2] * 400 + [3] * 4000)
+    lift = code_lift(codes, normal(len(codes), 500), 4)  # traits that have nothing to do with codes
+    n = codes.bincount()
+    expected = (1 - n / len(codes)).sqrt()  # of n drawn from all without replacement
+    assert_close(lift.std(1), expected.double(), rtol=5 / 1000**0.5, atol=0)
+    again = code_lift(codes.repeat(4), normal(len(codes), 500).repeat(4, 1), 4)
+    assert_close(again, 2 * lift, rtol=1e-3, atol=0)
