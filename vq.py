@@ -1,9 +1,9 @@
 """Preference quantizer: a user's preference vector -> L discrete preference tokens, and back.
 
 A vector-quantized autoencoder (VQ-VAE), the second half of DPPMG's stage 1. A codebook holds K
-vectors, its codes. The encoded preference is replaced by the nearest code, whose number is a token:
-generators read it like a word. L codebooks in a row, each for what the one before it left over,
-tell K^L preferences apart.
+vectors. The encoded preference is replaced by the nearest of them, whose number, the code, is a
+token: generators read it like a word. L codebooks in a row, each for what the one before it left
+over, tell K^L preferences apart.
 
     z_e    = encoder(p / |p|)                                               ResidualVQVAE
     r_0    = z_e                           what is left to be coded
@@ -11,7 +11,8 @@ tell K^L preferences apart.
     r_l+1  = r_l - e_l,code_l
     z_q    = sum_l e_l,code_l              gradient of the identity         straight_through
     p'     = decoder(z_q)
-    loss   = |p/|p| - p'|^2 + beta mean_l |r_l+1|^2     reconstruction and commitment
+    loss   = |p/|p| - p'|^2                reconstruction
+           + beta mean_l |r_l+1|^2         commitment: the encoder keeps to the codebooks
     e_lk   = moving average of the r_l whose code is k; no gradient         EMACodebook
 
 Sources: VQ-VAE, arXiv 1711.00937v2 (straight-through and commitment, Sec. 3.2; exponential moving
@@ -34,8 +35,8 @@ LAPLACE = 1e-5  # added to the count of every code, in fair shares 1/K (1711.009
 class VQConfig:
     """Where each value is from: a paper; ours, a choice; measured, the best of trials."""
     levels: int = 4  # L, codebooks in a row = preference tokens per user and modality (ours)
-    codes: int = 64  # K, codes per level; levels * log2(codes) = 24 bits a user (ours)
-    dim: int = 64  # D, latent width; the preference's own width loses nothing (ours)
+    codes: int = 64  # K, vectors per codebook; levels * log2(codes) = 24 bits a user (ours)
+    dim: int = 64  # D, latent width; as wide as the preference nothing is lost (ours)
     hidden: int = 128  # units in the hidden layer of encoder and decoder (ours)
     beta: float = 0.05  # weight of the commitment loss (1711.00937v2 has 0.25; measured)
     ema_decay: float = 0.99  # a step: recalls 1/(1-decay) = 100 batches (1711.00937v2, App. A.1)
@@ -67,8 +68,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 def straight_through(z_e: Tensor, e: Tensor) -> Tensor:
     """The value of e, to the bit, with the gradient of z_e: dz_q/dz_e = identity, dz_q/de = 0.
-    argmin has no gradient: the encoder gets the decoder's, as if nothing lay between them.
-    Source: 1711.00937v2, Sec. 3.2; the usual z_e + sg(e - z_e) rounds, here an exact 0 joins e.
+    argmin has no gradient: so the encoder gets the decoder's, as if nothing lay between them.
+    Source: 1711.00937v2, Sec. 3.2. The usual z_e + sg(e - z_e) rounds; e plus an exact 0 does not.
 
     z_e, e (B, D) -> (B, D)."""
     return e.detach() + (z_e - z_e.detach())
@@ -102,13 +103,13 @@ def kmeans_plus_plus(x: Tensor, n_codes: int, generator: Generator | None = None
 
 
 class EMACodebook(nn.Module):
-    """One level's K codes, each the moving average of the rows that chose it. It has no parameters.
+    """One level's K vectors, each the moving average of the rows nearest to it. No parameters.
     Source: 1711.00937v2, App. A.1. Leaves the paper: counts are shares of the batch (they sum to
-    about 1), so that batches of any size weigh the same and one threshold fits every K; and codes
-    that hardly any row chooses, dead ones, are revived.
+    about 1), so that batches of any size weigh the same and one threshold fits every K; and dead
+    codes, those that hardly any row has, are revived.
 
     Buffers: codebook (K, D) = total / count, smoothed;
-    count (K,), moving average of the share of the rows that chose the code;
+    count (K,), moving average of the share of the rows that have the code;
     total (K, D), moving average of the sum of these rows over B.
     Random until `initialize`. The sums are index_add_: on CUDA they repeat to the bit only under
     torch.use_deterministic_algorithms(True)."""
@@ -122,8 +123,8 @@ class EMACodebook(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, generator: Generator | None = None) -> None:
-        """k-means on x (N, D): k-means++ seeds, then Lloyd iterations. Each is an update without
-        memory (so clusters below revive_below of the fair share are moved, too).
+        """k-means on x (N, D): k-means++ seeds, then Lloyd iterations (find the nearest, average).
+        Each is an update without memory, so tiny clusters are moved, as dead codes are.
         Raises ValueError if N = 0."""
         if len(x) == 0:
             raise ValueError("EMACodebook.initialize: x has 0 rows; need N >= 1: pass all users")
@@ -178,7 +179,7 @@ class SkipMLP(nn.Module):
 
 
 class Quantized(NamedTuple):
-    z_q: Tensor  # (B, D)  sum of the chosen codes, gradient of the identity to z_e
+    z_q: Tensor  # (B, D)  sum of the chosen vectors, gradient of the identity to z_e
     codes: Tensor  # (B, L)  int64 in [0, K): the preference tokens
     commit: Tensor  # ()  mean over rows and levels of |what is left over|^2, not yet times beta
 

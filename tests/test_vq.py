@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vq
-from vq import (EMACodebook, ResidualVQVAE, VQConfig, code_lift, codebook_health, draw_rows,
-                explained, kmeans_plus_plus, mean_square, nearest_code, straight_through)
+from vq import (EMACodebook, ResidualVQVAE, SkipMLP, VQConfig, code_lift, codebook_health,
+                draw_rows, explained, kmeans_plus_plus, mean_square, nearest_code, straight_through)
 
 TINY = VQConfig(levels=3, codes=4, dim=6, hidden=8, batch=16)
 
@@ -162,6 +162,19 @@ def test_forward_equals_a_slow_one_by_value_and_gradient():
     assert_close(out[2:], (reconstruction_loss, loss))
     assert_close(grads, torch.autograd.grad(loss, list(net.parameters())))
     assert all(g.abs().max() > 1e-4 for g in grads)  # decoder, encoder, both of their halves
+
+
+def test_skip_mlp_is_a_linear_map_and_an_mlp_side_by_side():
+    layer, x = SkipMLP(3, 5, 2).double(), normal(4, 3)
+    assert_close(layer(x), x @ layer.linear.weight.T)  # the start: linear alone, orthogonal
+    square = layer.linear.weight @ layer.linear.weight.T
+    assert_close(square, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        for i, weight in enumerate(layer.parameters()):
+            weight.copy_(normal(*weight.shape, seed=i))
+    hidden = F.gelu(F.linear(x, layer.mlp[0].weight, layer.mlp[0].bias))
+    assert_close(layer(x), F.linear(x, layer.linear.weight, layer.linear.bias)
+                 + F.linear(hidden, layer.mlp[2].weight, layer.mlp[2].bias))
 
 
 # ---- quantization as a function
@@ -500,11 +513,12 @@ def test_a_training_step_runs_on_meta_and_in_float64(device, dtype):
 # ---- health
 
 def test_codebook_health_of_known_codes():
-    codes = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 2], [1, 2], [0, 3]])
+    codes = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 2], [1, 2], [1, 1], [0, 3], [0, 3]])
     health = codebook_health(codes, 4)
     assert health["usage"] == [0.5, 1.0]
-    assert health["perplexity"] == pytest.approx([2.0, math.exp(math.log(6) / 2 + math.log(2) / 2)])
-    assert health["collision_rate"] == 0.5  # users 2, 3 and 4 of six
+    entropy = math.log(8) - (3 * math.log(3) + 2 * 2 * math.log(2)) / 8  # of shares 1 2 3 2 of 8
+    assert health["perplexity"] == pytest.approx([2.0, math.exp(entropy)])
+    assert health["collision_rate"] == 5 / 8  # three share a tuple, and two
     assert json.loads(json.dumps(health)) == health
     for bad, n_codes in ((codes, 3), (codes - 1, 4), (codes[:0], 4), (codes[:, 0], 4)):
         with pytest.raises(ValueError, match=rf"n_codes={n_codes}; need \(U, L\) in"):
