@@ -6,8 +6,9 @@ from torch import Tensor
 
 def linear_probe(
         x: Tensor, label: Tensor, n_labels: int, folds: int = 5, ridge: float = 1e-2) -> float:
-    """How much of a label a linear map finds in x: the share of users whose label ridge regression to
-    one-hot labels tells, each by a fit without that user's fold. User n is in fold n mod folds.
+    """How much of a label a linear map finds in x: its share of right answers for users that it was
+    not fitted to. Ridge regression to one-hot labels; user n is in fold n mod folds, and each fold
+    is answered by the fit to the others.
 
     x (U, F) any scale, standardized here over all users; label (U,) int64 in [0, n_labels)."""
     x = x.double()
@@ -21,6 +22,6 @@ def linear_probe(
         penalty = ridge * fit.sum() * torch.eye(x.shape[1]).to(x)
         gram = x[fit].T @ x[fit] + penalty  # (F + 1, F + 1)
         weight = torch.linalg.solve(gram, x[fit].T @ target[fit])
-        told = (x[held_out] @ weight).argmax(1)
-        right += int((told == label[held_out]).sum())
+        answer = (x[held_out] @ weight).argmax(1)
+        right += int((answer == label[held_out]).sum())
     return right / len(x)

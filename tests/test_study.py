@@ -14,8 +14,8 @@ def random_labels(n: int, n_labels: int, seed: int = 0) -> torch.Tensor:
 
 # ---- linear_probe
 
-def slow_probe(x: torch.Tensor, label: torch.Tensor, n_labels: int, folds: int, ridge: float) -> float:
-    """User by user: least squares on the users of the other folds, and one equation more a weight."""
+def slow_probe(x, label, n_labels: int, folds: int, ridge: float) -> float:
+    """User by user: least squares on the users of the other folds, one equation more per weight."""
     x = (x - x.mean(0)) / x.std(0)
     right = 0
     for user in range(len(x)):
@@ -59,7 +59,7 @@ def test_linear_probe_finds_nothing_where_nothing_is():
 
 
 def test_linear_probe_is_not_fitted_to_those_it_is_asked_about():
-    """With as many features as users a linear map fits any labels; on others it is worth nothing."""
+    """With as many features as users a linear map fits any labels; for others it is no use."""
     x, label = normal(400, 400), random_labels(400, 2)
     fit = torch.linalg.lstsq(x, torch.eye(2).double()[label]).solution
     assert torch.equal((x @ fit).argmax(1), label)
