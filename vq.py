@@ -130,7 +130,7 @@ class EMACodebook(nn.Module):
             raise ValueError("EMACodebook.initialize: x has 0 rows; need N >= 1: pass all users")
         self.codebook.copy_(kmeans_plus_plus(x, self.config.codes, generator))
         for _ in range(self.config.kmeans_steps):
-            self.update(x, nearest_code(x, self.codebook), 0.0, generator)
+            self.update(x, nearest_code(x, self.codebook), decay=0.0, generator=generator)
 
     @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor, decay: float, generator: Generator | None) -> None:
