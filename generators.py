@@ -876,25 +876,3 @@ def transition(denoiser: Denoiser, chain: Tensor, k: int, prompt: Tensor, prefs:
         raise ValueError(f"transition: step {k} of {steps} at eta={eta} has no density: need "
                          f"0 <= k < {steps - 1} and eta > 0")
     return _ddim_from(denoiser, chain, k, prompt, prefs, guidance, eta, until, group)
-
-
-# Training ---------------------------------------------------------------------------------------------------
-
-def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
-    matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
-
-
-def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
-    """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
-    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
-
-
-@torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, decay: float, step: int):
-    """average <- decay average + (1 - decay) model, parameter by parameter; the decay is at most
-    (1 + step) / (10 + step), so that the start is forgotten. Buffers stay. Cheap: one fused call."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config, Dataset, DPPMG,
                    OneLineParser, flag_of, hold_out_users, pick_device, read_checkpoint, replacing, settings, to_picture)
-from generators import Tokenizer, adamw, drop_preferences, ema_update, ramp, table_as
+from generators import Tokenizer, drop_preferences, table_as
 from gnn import bpr_loss, build_graph, ranking_summary, sample_positives, sample_triplets
 from reward import (Content, Scorer, disjoint_halves, embed, frechet_interval, interval, judge_consistency,
                     judge_measures, swap_share, taste, token_optimizer)
@@ -348,6 +348,26 @@ class Run:
         finally:
             before = self.seconds.get(stage, [0.0, 0.0])
             self.seconds[stage] = [before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu]
+
+
+def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
+    matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+
+
+def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
+    """Learning rate over its peak at x in [0, 1) of a stage: linear up to `warm`, 1 until `hold`, linear down to 0."""
+    return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, decay: float, step: int):
+    """average <- decay average + (1 - decay) model, parameter by parameter; the decay is at most
+    (1 + step) / (10 + step), so that the start is forgotten. Buffers stay. Cheap: one fused call."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
 def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int, losses: Callable[[torch.Generator], dict[str, Tensor]],

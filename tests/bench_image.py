@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from dppmg import DPPMG  # noqa: E402
-from generators import Autoencoder, Denoiser, ImageConfig, ema_update, sample_latents  # noqa: E402
+from generators import Autoencoder, Denoiser, ImageConfig, sample_latents  # noqa: E402
+from train import ema_update  # noqa: E402
 
 BATCH = 64
 

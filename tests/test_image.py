@@ -13,8 +13,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock, _SmallConv,
-                        alpha_sigma, conv3x3, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
+                        alpha_sigma, conv3x3, ddim_step, guided_v, sample_latents, sampling_times,
                         time_features, transition)
+from train import ema_update
 
 TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1)
 LARGE = dict(size=64, width=512, layers=2, heads=8)                 # about 100 M parameters
