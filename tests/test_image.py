@@ -1,7 +1,6 @@
 """Autoencoder, denoiser, DDIM and its log-probabilities, each against a slow version right at sight."""
 import copy
 import math
-from dataclasses import fields
 
 import pytest
 import scipy.stats
@@ -12,8 +11,8 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock, _SmallConv,
-                        alpha_sigma, conv3x3, ddim_step, guided_v, sample_latents, sampling_times,
+from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock,
+                        alpha_sigma, ddim_step, guided_v, sample_latents, sampling_times,
                         time_features, transition)
 from train import ema_update
 
@@ -755,27 +754,6 @@ def test_dtype_stays(dtype):
         assert x.dtype == dtype
 
 
-def test_small_convolution_is_the_convolution_in_value_and_gradient(monkeypatch):
-    g = rng()
-    x, weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
-                       for shape in ((2, 3, 4, 3), (5, 3, 3, 3), (5,)))
-    assert_close(_SmallConv.apply(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
-    assert torch.autograd.gradcheck(_SmallConv.apply, (x, weight, bias))
-    layer, calls = nn.Conv2d(8, 8, 3, padding=1), []
-    apply = _SmallConv.apply
-    monkeypatch.setattr(_SmallConv, "apply", lambda *args: calls.append(args[0].shape[2:]) or apply(*args))
-    for side in (4, 5):
-        x, results = torch.randn(6, 8, side, side, generator=g, requires_grad=True), []
-        for call in (lambda: conv3x3(x, layer), lambda: layer(x)):
-            with torch.autocast("cpu", torch.bfloat16):
-                y = call()
-            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))))
-        for ours, theirs in zip(*results):
-            assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 0.01 * theirs.norm()
-    assert torch.equal(conv3x3(x[:, :, :4, :4], layer), layer(x[:, :, :4, :4]))
-    assert calls == [(4, 4)]                                        # neither larger pictures nor fp32
-
-
 def test_the_denoiser_runs_in_pure_bf16():
     net, (z, t, prompt, prefs) = tiny(dtype=torch.float32), batch()
     exact = net(z.float(), t.float(), prompt, prefs)
@@ -814,25 +792,6 @@ def test_empty_and_single_batches(size):
 
 
 # Errors -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("field, value, cure", [
-    ("size", 30, "need a multiple of 8"), ("ae_width", 24, "need a multiple of 16"),
-    ("width", 12, "need a multiple of 8"), ("heads", 5, "need a divisor of 2 width = 192"),
-    ("null_rate", 1.0, "need 0 <= null_rate < 1"), ("ema", 1.0, "need 0 <= ema < 1"),
-    ("eta", 1.01, "need 0 <= eta <= 1"), ("size", -8, "need a finite size >= 1"),
-    ("lr", math.inf, "need a finite lr >= 0"),
-    *[(f.name, 0, f"need a finite {f.name} >= 1") for f in fields(ImageConfig) if f.type is int],
-    ("time_mean", math.nan, "need a finite time_mean >= -inf"),
-    *[(f.name, value, f"need a finite {f.name} >= 0") for f in fields(ImageConfig)
-      if f.type is float and f.name != "time_mean" for value in (-0.1, math.nan)]])
-def test_config_errors_name_field_value_and_cure(field, value, cure):
-    with pytest.raises(ValueError, match=rf"^ImageConfig\.{field}={value}: {cure}$"):
-        ImageConfig(**{field: value})
-
-
-def test_config_accepts_the_ends_of_its_ranges():
-    ImageConfig(size=8, ae_width=16, width=8, heads=16, eta=0.0, ema=0.0, null_rate=0.0, guidance=0.0, lr=0.0)
-
 
 @pytest.mark.parametrize("call", ["encode", "posterior", "loss"])
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 16, 12), (2, 1, 16, 16), (3, 16, 16)])

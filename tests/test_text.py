@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import generators
 from generators import (BOS, EOS, PAD, PRETOKEN, TextConfig, TextDecoder, Tokenizer, attention, attention_bias,
-                        drop_preferences, linear, sample_text, sampling_logits)
+                        drop_preferences, sample_text, sampling_logits)
 
 TEXTS = ["a tiny fish at dawn, how sweet it is", "behold the mighty fish of night!", "the the the there then",
          "dusk  comes: the boat's here", "Toy Story (1995): Animation, Children", "Heat (1995): Crime",
@@ -251,19 +251,6 @@ def test_every_code_of_every_level_has_a_row_of_its_own_and_null_none():
     assert_close(decoder(tokens, prompt, null), decoder(tokens, prompt, None))
     grad, = torch.autograd.grad(decoder.loss(tokens, prompt, null), decoder.preference.weight)
     assert grad.count_nonzero() == 0
-
-
-def test_linear_is_the_matrix_product_in_value_and_gradient_on_either_path():
-    g = torch.Generator().manual_seed(0)
-    for size, length in ((2, 3), (32, 40)):                 # F.linear; the convolution
-        x = torch.randn(size, length, 5, generator=g, requires_grad=True)
-        weight = torch.randn(7, 5, generator=g, requires_grad=True)
-        upstream = torch.randn(size, length, 7, generator=g)
-        grads = []
-        for out in (linear(x, weight), torch.einsum("btd,nd->btn", x, weight)):
-            grads.append((out, *torch.autograd.grad((out * upstream).sum(), (x, weight))))
-        for ours, theirs in zip(*grads):
-            assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_drop_preferences_drops_whole_rows_at_its_rate():
@@ -625,19 +612,6 @@ def test_everything_runs_on_the_meta_device():
 
 
 # Errors -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("field, value, cure", [
-    ("layers", 0, "need layers >= 1"), ("width", -1, "need width >= 1"), ("heads", 0, "need heads >= 1"),
-    ("heads", 3, "need a divisor of width=128"), ("context", 0, "need context >= 1"),
-    ("batch", 0, "need batch >= 1"), ("steps", -1, "need steps >= 0"),
-    ("vocab_size", 3, "need vocab_size > 3"), ("top_p", 0.0, "need 0 < top_p <= 1"),
-    ("null_rate", 1.0, "need 0 <= null_rate < 1"), ("temperature", -0.1, "need temperature >= 0"),
-    ("guidance", -1.0, "need guidance >= 0"), ("lr", -1.0, "need lr >= 0"),
-    ("weight_decay", math.inf, "need a finite number"), ("guidance", math.nan, "need a finite number")])
-def test_config_errors_name_field_value_and_cure(field, value, cure):
-    with pytest.raises(ValueError, match=f"TextConfig.{field}={value}: {cure}"):
-        TextConfig(**{field: value})
-
 
 def test_tokenizer_errors():
     with pytest.raises(ValueError, match="vocab_size=258: need vocab_size >= 259"):
