@@ -11,10 +11,9 @@ Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length
 latent, H picture side, h = H / 4, S diffusion steps."""
 
 import contextlib
-import heapq
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,7 +52,7 @@ class TextConfig:
 PRETOKEN = re.compile(r" ?[^\W\d_]{1,32}| ?\d{1,32}| ?(?:[^\w\s]|_){1,32}|\s{1,32}(?!\S)|\s")
 
 
-def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+def _merge(ids: Sequence[int], pair: tuple[int, int], new: int) -> list[int]:
     """ids with each occurrence of the pair, from the left, replaced by new."""
     merged, i = [], 0
     while i < len(ids):
@@ -64,31 +63,20 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def _learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """The n_merges most frequent pairs, greedily; ties go to the smaller ids: the order of texts is moot."""
-    ids, freq = [[3 + byte for byte in word.encode()] for word in words], list(words.values())
-    count, where = Counter(), defaultdict(set)      # of each pair: occurrences; the words that may hold it
-    for w, word in enumerate(ids):
-        for pair in pairwise(word):
-            count[pair] += freq[w]
-            where[pair].add(w)
-    heap = [(-n, pair) for pair, n in count.items()]
-    heapq.heapify(heap)
+    """The n_merges most frequent pairs, one after the other, each counted after the merges before it.
+    words: how often each pretoken occurs. Ties go to the smaller ids: the texts' order is moot."""
+    segmented = {tuple(3 + byte for byte in word.encode()): n for word, n in words.items()}
     merges = []
-    while heap and len(merges) < n_merges:
-        n, pair = heapq.heappop(heap)
-        if -n != count[pair] or n > -2:             # outdated, or a pair seen only once: nothing to gain
-            continue
-        merges.append(pair)
-        changed = set()
-        for w in where.pop(pair):
-            old, ids[w] = ids[w], _merge(ids[w], pair, FIRST_MERGE + len(merges) - 1)
-            for sign, word in ((-1, old), (1, ids[w])):
-                for neighbour in pairwise(word):
-                    count[neighbour] += sign * freq[w]
-                    where[neighbour].add(w)
-                    changed.add(neighbour)
-        for neighbour in changed:
-            heapq.heappush(heap, (-count[neighbour], neighbour))
+    for new in range(FIRST_MERGE, FIRST_MERGE + n_merges):
+        count = Counter()
+        for ids, n in segmented.items():
+            for pair in pairwise(ids):
+                count[pair] += n
+        best = min(count, key=lambda pair: (-count[pair], pair), default=None)
+        if best is None or count[best] < 2:         # a pair seen once: nothing to gain
+            break
+        merges.append(best)
+        segmented = {tuple(_merge(ids, best, new)): n for ids, n in segmented.items()}
     return merges
 
 
