@@ -52,8 +52,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from generators import (PAD, Autoencoder, Denoiser, ImageConfig, Sampled, TextConfig, TextDecoder, Tokenizer, sample_latents,
-                        sample_text, sampling_logits, table_as, text_log_prob, transition)
+from generators import (PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer,
+                        ddim_step, denoise, guidance_at, guided_v, sample_latents, sample_text,
+                        sampling_logits, sampling_times, table_as, text_log_prob)
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, build_graph
 from reward import (RewardConfig, RewardParts, Scorer, categorical_kl, gaussian_kl, gaussian_log_prob, leave_one_out,
                     pair_reward, reinforce_loss)
@@ -531,10 +532,16 @@ class Generated(NamedTuple):
     text: str
 
 
+class Rollout(NamedTuple):
+    content: Tensor             # (G S, ...) S latents or texts for each of G (user, prompt)
+    log_prob: Tensor            # (G S,) nats, differentiable in the token table
+    kl: Tensor                  # () nats, differentiable: drift of the policy from the reference
+
+
 class ReinforceStep(NamedTuple):
     loss: Tensor                # () surrogate: its gradient is that of -E[R], and of the weighted KLs at what was sampled
     parts: RewardParts          # what the reward was made of
-    kl_image: Tensor            # () nats per image: drift of the differentiated steps from the starting tokens
+    kl_image: Tensor            # () nats per image: drift of the first step from the starting tokens
     kl_text: Tensor             # () nats per text: drift of the text policy, before its nucleus is cut out
 
 
@@ -626,24 +633,18 @@ class DPPMG(nn.Module):
             images = self.autoencoder.decode(latents)
         return images.to(latents.dtype).clamp(-1, 1)
 
-    def sample_chain(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None,
-                     steps: int | None = None, group: int = 1) -> Tensor:
-        """Diffusion chain (S + 1, B, C, h, h) at the configured guidance; prompt (B, P), prefs (B, M), -1 null; group: so many
-        rows start from the same noise."""
-        cfg = self.cfg.image
+    def sample_latents(self, prompt: Tensor, prefs: Tensor,
+                       generator: torch.Generator | None) -> Tensor:
+        """Latents (B, C, h, h) for prompt (B, P) and prefs (B, M), -1 null."""
         with self.half():
-            return sample_latents(self.image, prompt, prefs, generator, cfg.guidance, steps or cfg.sampling_steps, cfg.eta,
-                                  cfg.guidance_until, group)
+            return sample_latents(self.image, prompt, prefs, generator)
 
-    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Text tokens (B, T) at the configured guidance, temperature and nucleus."""
-        return self._sample_text(prompt, prefs, generator).tokens
-
-    def _sample_text(self, prompt, prefs, generator, group: int = 1, keep_null: bool = False) -> Sampled:
-        cfg = self.cfg.text
+    def sample_tokens(self, prompt: Tensor, prefs: Tensor,
+                      generator: torch.Generator | None) -> Tensor:
+        """Text tokens (B, T) for prompt (B, P) and prefs (B, M), -1 null."""
+        longest = min(self.cfg.text.context, self.catalogue.max_tokens)
         with self.half():
-            return sample_text(self.text, prompt, prefs, generator, cfg.guidance, cfg.temperature, cfg.top_p,
-                               min(cfg.context, self.catalogue.max_tokens), group, keep_null)
+            return sample_text(self.text, prompt, prefs, generator, longest)
 
     @torch.no_grad()
     def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
@@ -651,7 +652,7 @@ class DPPMG(nn.Module):
         """An image (B, 3, H, H) in [-1, 1] and a text (B, context) of tokens for each prompt (B, P) and prefs[m] (B, M)."""
         images, texts = [], []
         for rows in torch.arange(len(prompt), device=prompt.device).split(batch):
-            latents = self.sample_chain(prompt[rows], prefs["image"][rows], generator)[-1]
+            latents = self.sample_latents(prompt[rows], prefs["image"][rows], generator)
             images.append(self.decode_latents(latents))
             texts.append(self.sample_tokens(prompt[rows], prefs["text"][rows], generator))
         return torch.cat(images), torch.cat(texts)
@@ -704,68 +705,80 @@ class DPPMG(nn.Module):
 
     def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor], with_kl: bool,
                        generator: torch.Generator | None) -> ReinforceStep:
-        """Sample groups of images and texts, score them, and give the surrogate loss of both token tables.
-        user (G,) int64, prompt (G, P); reference: the tables to measure the KL from. Frozen: all but the tables.
-        DEVIATION 11: of an image's chain only the first grad_steps steps are differentiated, as if the later ones knew the
-        starting tokens: what a picture shows is decided there, and each other step adds variance and time."""
-        cfg = self.cfg.reward
-        chain, image_args = self._rollout_images(user, prompt, generator)
-        texts, text_args = self._rollout_texts(user, prompt, generator)
-        n_groups, latents, tokens = len(user), chain[-1], texts.tokens
-        with torch.no_grad():
-            image_emb = self.scorer.encode_image(self.decode_latents(latents)).unflatten(0, (n_groups, -1))     # (G, S_i, D)
-            text_emb = self.scorer.encode_text(tokens).unflatten(0, (n_groups, -1))             # (G, S_t, D)
-            s_image = self.score("image", self.preference_image[user].repeat_interleave(cfg.images, 0), latents)
-            s_text = self.score("text", self.preference_text[user].repeat_interleave(cfg.texts, 0), tokens)
-            reward_image, reward_text, parts = pair_reward(
-                image_emb, text_emb, s_image.unflatten(0, (n_groups, -1)), s_text.unflatten(0, (n_groups, -1)), cfg)
-        image_loss, kl_image = self._image_surrogate(chain, image_args, leave_one_out(reward_image).flatten(),
-                                                     reference["image"] if with_kl or cfg.kl_image else None)
-        text_loss, kl_text = self._text_surrogate(texts, text_args, leave_one_out(reward_text).flatten(),
-                                                  reference["text"] if with_kl or cfg.kl_text else None)
-        loss = image_loss + text_loss + cfg.kl_image * kl_image + cfg.kl_text * kl_text
-        return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
+        """Sample groups of images and texts, score them, and give the surrogate loss of both token
+        tables. user (G,) int64, prompt (G, P); reference: the tables to measure the KL from, which
+        is measured if with_kl or where it counts. Frozen: all but the tables."""
+        cfg, prefs = self.cfg.reward, self.user_tokens(user)
+        start = {m: reference[m] if with_kl or getattr(cfg, f"kl_{m}") else None for m in MODALITIES}
+        image = self._rollout_images(prompt, prefs["image"], start["image"], generator)
+        text = self._rollout_texts(prompt, prefs["text"], start["text"], generator)
+        reward_image, reward_text, parts = self._reward(user, image.content, text.content)
+        loss = reinforce_loss(image.log_prob, leave_one_out(reward_image).flatten())
+        loss = loss + reinforce_loss(text.log_prob, leave_one_out(reward_text).flatten())
+        loss = loss + cfg.kl_image * image.kl + cfg.kl_text * text.kl
+        return ReinforceStep(loss, parts, image.kl.detach(), text.kl.detach())
 
-    def _rollout_images(self, user: Tensor, prompt: Tensor, generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """DEVIATION 23: the images of a group start from the same noise. Their first step, the one that is differentiated, is
-        then one step of the network for all of them, and what the noise decides is part of the baseline."""
-        cfg = self.cfg.reward
-        args = tuple(x.repeat_interleave(cfg.images, 0) for x in (prompt, self.tokens_image[user]))
-        return self.sample_chain(*args, generator, cfg.diffusion_steps, cfg.images), args
+    def _rollout_images(self, prompt: Tensor, prefs: Tensor, reference: Tensor | None,
+                        generator: torch.Generator | None) -> Rollout:
+        """S_i images for each prompt (G, P) and prefs (G, M), and the log-probability of the first
+        step of each.
+        DEVIATION 11: of an image's steps only the first is differentiated, as if the later ones knew
+        the starting tokens: what a picture shows is decided there, and each other step adds variance.
+        DEVIATION 23: a group's images share their noise, and so their first step's mean; what the
+        noise decides is then part of the baseline."""
+        cfg, n = self.image.cfg, self.cfg.reward.images
+        times = sampling_times(self.cfg.reward.diffusion_steps)
+        noise = self.image.noise(len(prompt), generator)                        # (G, C, h, h)
+        t, s = times[:2]
 
-    def _rollout_texts(self, user: Tensor, prompt: Tensor, generator) -> tuple[Sampled, tuple[Tensor, Tensor]]:
-        """DEVIATION 24: from the nucleus that users see; the rest would add noise. What that lets drift, kl_text holds."""
-        args = tuple(x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, self.tokens_text[user]))
-        return self._sample_text(*args, generator, self.cfg.reward.texts, True), args
-
-    def _image_surrogate(self, chain, args, advantage, reference) -> tuple[Tensor, Tensor]:
-        """Loss of the images, and the KL of their first steps from the reference table (0 where there is none)."""
-        loss, kl, cfg = chain.new_zeros(()), chain.new_zeros(()), self.cfg.image
-        for k in range(min(self.cfg.reward.grad_steps, len(chain) - 2)):
-            step = (chain, k, *args, cfg.guidance, cfg.eta, cfg.guidance_until, self.cfg.reward.images)
+        def first_step() -> tuple[Tensor, Tensor]:
             with self.half():
-                mean, std = transition(self.image, *step)
-            loss = loss + reinforce_loss(gaussian_log_prob(chain[k + 1], mean, std), advantage)
-            if reference is not None:
-                with torch.no_grad(), table_as(self.image, reference), self.half():
-                    start = transition(self.image, *step)[0]
-                kl = kl + gaussian_kl(mean, start, std).mean()
-        return loss, kl
+                v = guided_v(self.image, noise, t, prompt, prefs, guidance_at(t, cfg))
+            return ddim_step(noise, v, t, s, cfg.eta)
+        mean, std = first_step()                                                # with gradient
+        kl = mean.new_zeros(())
+        if reference is not None:
+            with torch.no_grad(), table_as(self.image, reference):
+                start, _ = first_step()
+            kl = gaussian_kl(mean, start, std).mean()
+        mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))    # (G S_i, ..)
+        z = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        z = mean.detach() + std * z                                             # here they part
+        with self.half():
+            latents = denoise(self.image, z, times[1:], prompt, prefs, generator)
+        return Rollout(latents, gaussian_log_prob(z, mean, std), kl)
 
-    def _text_surrogate(self, texts, args, advantage, reference) -> tuple[Tensor, Tensor]:
-        """Loss of the texts, and the KL of the policy, before its nucleus is cut out (else it were infinite), from the
-        reference table's (0 where there is none)."""
-        cfg, tokens = self.cfg.text, texts.tokens
-        with self.half():       # the null branch never reads the table: its logits are kept from sampling
-            cond = self.text(tokens, *args)                                                     # (B, T, V)
-        guided = texts.null, cfg.guidance, cfg.temperature
-        log_prob = text_log_prob(cond, texts.null, tokens, cfg.guidance, cfg.temperature, cfg.top_p)
-        loss, kl = reinforce_loss(log_prob, advantage), log_prob.new_zeros(())
+    def _rollout_texts(self, prompt: Tensor, prefs: Tensor, reference: Tensor | None,
+                       generator: torch.Generator | None) -> Rollout:
+        """S_t texts for each prompt (G, P) and prefs (G, M), and their log-probabilities.
+        DEVIATION 24: from the nucleus that users see; the rest would add noise. What that lets drift
+        the KL holds: of the policy before its nucleus is cut out, else it were infinite."""
+        cfg = self.text.cfg
+        prompt, prefs = (x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, prefs))
+        tokens = self.sample_tokens(prompt, prefs, generator)                   # (G S_t, T)
+        with self.half():
+            cond = self.text(tokens, prompt, prefs)                             # (G S_t, T, V)
+            with torch.no_grad():           # what REINFORCE changes is not in the null branch
+                null = self.text(tokens, prompt, torch.full_like(prefs, -1))
+        log_prob = text_log_prob(cond, null, tokens, cfg)
+        kl = log_prob.new_zeros(())
         if reference is not None:
             with torch.no_grad(), table_as(self.text, reference), self.half():
-                start = sampling_logits(self.text(tokens, *args), *guided)
-            kl = categorical_kl(sampling_logits(cond, *guided), start, tokens != PAD).mean()
-        return loss, kl
+                start = self.text(tokens, prompt, prefs)
+            now, start = (sampling_logits(x, null, replace(cfg, top_p=1.0)) for x in (cond, start))
+            kl = categorical_kl(now, start, tokens != PAD).mean()
+        return Rollout(tokens, log_prob, kl)
+
+    @torch.no_grad()
+    def _reward(self, user: Tensor, latents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, RewardParts]:
+        """Rewards (G, S_i) of the images and (G, S_t) of the texts made for users (G,)."""
+        cfg, group = self.cfg.reward, (len(user), -1)
+        image_emb = self.scorer.encode_image(self.decode_latents(latents))      # (G S_i, D)
+        text_emb = self.scorer.encode_text(tokens)                              # (G S_t, D)
+        s_image = self.score("image", self.preference_image[user].repeat_interleave(cfg.images, 0), latents)
+        s_text = self.score("text", self.preference_text[user].repeat_interleave(cfg.texts, 0), tokens)
+        grouped = (x.unflatten(0, group) for x in (image_emb, text_emb, s_image, s_text))
+        return pair_reward(*grouped, cfg)
 
     # files
 
@@ -790,7 +803,7 @@ class DPPMG(nn.Module):
             raise CheckpointError(f"{path}: training is not finished, done is {_show(done)}; go on with train.py --resume")
         try:
             return cls.from_state(checkpoint).to(device)
-        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (AttributeError, LookupError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not a model of this version ({' '.join(str(error).split())[:200]})") from None
 
     def to(self, *args, **kwargs) -> "DPPMG":

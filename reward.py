@@ -40,8 +40,7 @@ class RewardConfig:
     texts: int = 8                    # S_t, texts sampled in a group: cheaper than images
     lr_image: float = 0.035           # peak learning rate of the image token table (Adam 0.9, 0.99)
     lr_text: float = 0.0018           # peak learning rate of the text token table (Adam 0.9, 0.99)
-    diffusion_steps: int = 4          # DDIM steps of a rollout (eta = 1: every step but the last is Gaussian)
-    grad_steps: int = 1               # of these, the first ones, which are differentiated
+    diffusion_steps: int = 4          # DDIM steps of a rollout, of which the first is differentiated
     kl_image: float = 0.0             # weight of the pictures' KL from the starting tokens, per nat (bounds the drift)
     kl_text: float = 0.2              # weight of the texts' KL from the starting tokens, per nat (DEVIATION 24)
     log_every: int = 25               # rounds between two lines with the exact or the judge's measures
@@ -49,7 +48,7 @@ class RewardConfig:
     def __post_init__(self):
         shares = {"scorer_mirror": 0, "scorer_zoom": 0, "scorer_dropout": 0, "scorer_drop": 0}
         limits = shares | {"lambda_c": 0, "lambda_p": 0, "kl_image": 0, "kl_text": 0, "scorer_shift": 0, "rounds": 0,
-                           "images": 2, "texts": 2, "scorer_batch": 2, "scorer_width": 8}
+                           "images": 2, "texts": 2, "diffusion_steps": 2, "scorer_batch": 2, "scorer_width": 8}
         for name, value in vars(self).items():
             low = limits.get(name, 0 if isinstance(value, float) else 1)
             strict = isinstance(value, float) and name not in limits  # learning rates and the temperature
@@ -61,8 +60,6 @@ class RewardConfig:
         for name in shares:
             self._need(getattr(self, name) < 1, name, f"0 <= {name} < 1")
         self._need(self.lambda_c + self.lambda_p > 0, "lambda_p", "lambda_c + lambda_p > 0, else no reward")
-        self._need(self.grad_steps <= self.diffusion_steps, "grad_steps",
-                   f"grad_steps <= diffusion_steps = {self.diffusion_steps}")
 
     def _need(self, ok: bool, name: str, cure: str):
         if not ok:

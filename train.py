@@ -1077,7 +1077,7 @@ SMOKE = {"train": dict(items=160, users=40, interactions=12, referee_pictures=25
          "text": dict(steps=20, layers=2, width=32, heads=2, vocab_size=320),
          "image": dict(steps=20, ae_steps=20, ae_width=16, width=16, batch=16, sampling_steps=4),
          "reward": dict(scorer_steps=20, scorer_width=8, scorer_batch=32, rounds=4, groups=4, images=4, texts=4,
-                        diffusion_steps=4, grad_steps=2, log_every=2), "method": dict(image_features=16, text_features=16)}
+                        diffusion_steps=4, log_every=2), "method": dict(image_features=16, text_features=16)}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:

@@ -1,10 +1,10 @@
 """dppmg.py: features against slow ones, tables, generation, a REINFORCE step, checkpoints, command line."""
+import math
 import os
 import pickle
 import re
 from collections import Counter
 from dataclasses import replace
-from math import log
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import dppmg
 from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig, parse_prompt,
                    read_checkpoint, replacing, table_as)
-from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer, sample_text, transition
+from generators import BOS, EOS, PAD, ImageConfig, TextConfig, Tokenizer
 from gnn import GNNConfig, LatentPCA, TfidfSVD
 from reward import RewardConfig
 from vq import VQConfig
@@ -30,7 +30,7 @@ CFG = Config(
     VQConfig(levels=2, codes=4, dim=8, hidden=8),
     TextConfig(layers=1, width=16, heads=2, context=12, vocab_size=300, guidance=2.0),
     ImageConfig(size=16, ae_width=16, width=8, heads=2, sampling_steps=4, guidance=2.0),
-    RewardConfig(scorer_width=8, scorer_dim=8, images=4, texts=6, diffusion_steps=5, grad_steps=2))
+    RewardConfig(scorer_width=8, scorer_dim=8, images=4, texts=6, diffusion_steps=5))
 
 
 def rng(seed=0):
@@ -113,7 +113,7 @@ def test_image_features_without_variance_are_zero_and_not_noise(rank):
 def slow_tfidf(text_tokens, catalogue):
     """{token: weight} of one text by dictionaries, given the tokens of all texts of the catalogue."""
     document_frequency = Counter(token for tokens in catalogue for token in set(tokens))
-    weight = {token: (1 + log(n)) * (log((1 + len(catalogue)) / (1 + document_frequency[token])) + 1)
+    weight = {token: (1 + math.log(n)) * (math.log((1 + len(catalogue)) / (1 + document_frequency[token])) + 1)
               for token, n in Counter(text_tokens).items()}
     norm = sum(w * w for w in weight.values()) ** 0.5
     return {token: w / norm for token, w in weight.items()}
@@ -329,7 +329,7 @@ def slow_rewards(model, terms):
 def slow_text_log_prob(model, tokens, prompt, prefs):
     """log p of one text, token by token, under the guided distribution without PAD and BOS, within the nucleus of the
     unguided one."""
-    cond, null = (model.text(tokens[None], prompt[None], x)[0] for x in (prefs[None], None))
+    cond, null = (model.text(tokens[None], prompt[None], x[None])[0] for x in (prefs, torch.full_like(prefs, -1)))
     total, w = 0.0, model.cfg.text.guidance
     for t, token in enumerate(tokens[:tokens.tolist().index(EOS) + 1 if EOS in tokens else None].tolist()):
         logits = ((null[t] + w * (cond[t] - null[t])) / model.cfg.text.temperature)[EOS:]
@@ -345,34 +345,48 @@ def slow_text_log_prob(model, tokens, prompt, prefs):
     return total
 
 
-# the first step of the chain; all that are Gaussian: the last is not
-@pytest.mark.parametrize("grad_steps", [1, 5])
-def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
-    cfg = replace(CFG, reward=replace(CFG.reward, grad_steps=grad_steps, lambda_p=0.7, lambda_c=1.3),
-                  image=replace(CFG.image, guidance_until=0.5))             # guided at 0.98, 0.784, 0.588
+def slow_step(model, z, t, s, prompt, prefs):
+    """Mean and std of z_s given z_t = z of one picture, guided, at eta = 1 (2006.11239, with alpha_bar = cos^2)."""
+    null, w = torch.full_like(prefs, -1), model.cfg.image.guidance if t > model.cfg.image.guidance_until else 1.0
+    cond, null = (model.image(z[None], torch.tensor([t], dtype=torch.float64), prompt[None], x[None])[0] for x in (prefs, null))
+    v = null + w * (cond - null)
+    (alpha, sigma), (alpha_s, sigma_s) = ((math.cos(x * math.pi / 2), math.sin(x * math.pi / 2)) for x in (t, s))
+    std = sigma_s / sigma * math.sqrt(1 - (alpha / alpha_s) ** 2)
+    return alpha_s * (alpha * z - sigma * v) + math.sqrt(sigma_s**2 - std**2) * (sigma * z + alpha * v), std
+
+
+def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula():
+    """Picture by picture, from the very random numbers: one noise a group, one draw a picture after the first step."""
+    cfg = replace(CFG, reward=replace(CFG.reward, lambda_p=0.7, lambda_c=1.3), image=replace(CFG.image, guidance_until=0.5))
     model, users, G = toy(cfg).double(), (0, 3), 2
     found = step(model, users)
     got = {m: table.grad.clone() for m, table in tables(model).items()}
     prompt, g = torch.tensor([[1, 0], [2, 0]]), rng()
     prefs = {m: getattr(model, f"tokens_{m}")[list(users)] for m in MODALITIES}
-    n_image, n_text = cfg.reward.images, cfg.reward.texts
-    chain = model.sample_chain(prompt.repeat_interleave(n_image, 0),
-                               prefs["image"].repeat_interleave(n_image, 0), g, 5, n_image)      # one noise a group
-    texts = sample_text(model.text, prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g,
-                        guidance=2.0, top_p=cfg.text.top_p, max_len=12).tokens
-    pictures, loss = model.autoencoder.decode(chain[-1]).clamp(-1, 1), 0.0
+    n_image, n_text, times = cfg.reward.images, cfg.reward.texts, [0.98 * k / 5 for k in (5, 4, 3, 2, 1, 0)]
+    start, drawn = (torch.randn(n, 4, 4, 4, generator=g, dtype=torch.float64) for n in (G, G * n_image))
+    later = [torch.randn(drawn.shape, generator=g, dtype=torch.float64) for _ in range(4)]
+    first, latents, scores = [], [], []
+    for n in range(G * n_image):
+        condition = prompt[n // n_image], prefs["image"][n // n_image]
+        mean, std = slow_step(model, start[n // n_image], *times[:2], *condition)
+        z = mean.detach() + std * drawn[n]
+        scores.append(torch.distributions.Normal(mean, std).log_prob(z).sum())
+        with torch.no_grad():
+            for k in range(4):
+                mean, std = slow_step(model, z, *times[k + 1:k + 3], *condition)
+                z = mean + std * later[k][n]
+        latents.append(z)
+    latents, loss = torch.stack(latents), 0.0
+    texts = model.sample_tokens(prompt.repeat_interleave(n_text, 0), prefs["text"].repeat_interleave(n_text, 0), g)
+    pictures = model.autoencoder.decode(latents).clamp(-1, 1)
     mine = [slice(n * n_image, (n + 1) * n_image) for n in range(G)]
     written = [texts[n * n_text:(n + 1) * n_text] for n in range(G)]
-    reward = slow_rewards(model, [slow_terms(model, pictures[mine[n]], chain[-1, mine[n]], written[n], user)
+    reward = slow_rewards(model, [slow_terms(model, pictures[mine[n]], latents[mine[n]], written[n], user)
                                   for n, user in enumerate(users)])
     for n in range(G):
-        for advantage, part in zip(slow_advantage(reward["image"][n]), range(mine[n].start, mine[n].stop)):
-            for k in range(min(grad_steps, 4)):
-                one = chain[:, part:part + 1]
-                condition = prompt[n:n + 1], prefs["image"][n:n + 1]
-                mean, std = transition(model.image, one, k, *condition, guidance=2.0 if k < 3 else 1.0, eta=1.0)
-                score = torch.distributions.Normal(mean, std).log_prob(one[k + 1]).sum()
-                loss = loss - advantage * score / (G * n_image)
+        for advantage, score in zip(slow_advantage(reward["image"][n]), scores[mine[n]]):
+            loss = loss - advantage * score / (G * n_image)
         for advantage, text in zip(slow_advantage(reward["text"][n]), written[n]):
             score = slow_text_log_prob(model, text, prompt[n], prefs["text"][n])
             loss = loss - advantage * score / (G * n_text)
@@ -384,6 +398,7 @@ def test_reinforce_step_has_the_policy_gradient_of_the_slow_formula(grad_steps):
 
 def test_reinforce_step_runs_without_a_single_look_at_its_numbers():
     model = toy().to("meta")
+    model.catalogue.max_tokens = 8      # of longer texts it is asked, at every eighth token, whether all have ended
     assert all(x.is_meta for x in (*model.state_dict().values(),
                                    *(x for x in model.graph if isinstance(x, torch.Tensor))))
     found = step(model, with_kl=True, seed=None)
@@ -392,7 +407,7 @@ def test_reinforce_step_runs_without_a_single_look_at_its_numbers():
     images, texts = model.sample_pairs(torch.ones(3, 2, dtype=torch.int64, device="meta"),
                                        {m: torch.zeros(3, 2, dtype=torch.int64, device="meta")
                                         for m in MODALITIES}, None)
-    assert images.shape == (3, 3, 16, 16) and texts.shape == (3, 12)
+    assert images.shape == (3, 3, 16, 16) and texts.shape == (3, 8)
 
 
 def test_reinforce_step_keeps_double_precision():
@@ -441,13 +456,13 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
     start = {m: torch.randn(x.shape, generator=rng(), dtype=torch.float64) for m, x in tables(model).items()}
     found, prompt = step(model, with_kl=True, reference=start), torch.tensor([[1, 0]] * 6 + [[2, 0]] * 6)
     g, prefs = rng(), {m: getattr(model, f"tokens_{m}")[[0, 3]] for m in MODALITIES}
-    model.sample_chain(prompt[::6].repeat_interleave(4, 0), prefs["image"].repeat_interleave(4, 0), g, 5)
+    model._rollout_images(prompt[::6], prefs["image"], None, g)             # draws as much as it did
     args = prompt, prefs["text"].repeat_interleave(6, 0)
-    tokens = sample_text(model.text, *args, g, guidance=2.0, top_p=model.cfg.text.top_p, max_len=12).tokens
+    tokens = model.sample_tokens(*args, g)
 
     def policy():
-        logits = torch.lerp(model.text(tokens, prompt, None), model.text(tokens, *args),
-                            model.cfg.text.guidance)
+        null = model.text(tokens, prompt, torch.full_like(args[1], -1))
+        logits = torch.lerp(null, model.text(tokens, *args), model.cfg.text.guidance)
         return torch.distributions.Categorical(logits=logits[..., EOS:])
     now = policy()
     tables(model)["text"].data.copy_(start["text"])
@@ -458,7 +473,7 @@ def test_the_drift_of_the_texts_is_the_divergence_of_now_from_the_start():
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_the_drift_is_a_penalty_with_its_weight_by_value_and_gradient(modality):
-    model, losses, slopes = toy().double(), [], []
+    model, losses, slopes, texts = toy().double(), [], [], []
     start = {m: torch.zeros_like(table) for m, table in tables(model).items()}
     for weight in (0.0, 2.0):
         model.cfg = replace(CFG, reward=replace(CFG.reward, **{"kl_text": 0.0, f"kl_{modality}": weight}))
@@ -473,17 +488,17 @@ def test_the_drift_is_a_penalty_with_its_weight_by_value_and_gradient(modality):
     table, ahead = tables(model)[modality], torch.randn(start[modality].shape, generator=rng(), dtype=torch.float64)
 
     def drift_at(distance):
-        """Of what was sampled at the start of the test: the rollouts are taken from it, their KL from the moved table."""
-        rollouts = {m: getattr(model, f"_rollout_{m}s")(torch.tensor([0, 3]), torch.tensor([[1, 0], [2, 0]]), g)
-                    for g in [rng()] for m in MODALITIES}
-        still = torch.zeros(len(rollouts[modality][1][0]), dtype=torch.float64)
+        """Of the same noise and texts, from the moved table: so small a step changes no sampled token."""
+        prompt, prefs, g = torch.tensor([[1, 0], [2, 0]]), model.user_tokens(torch.tensor([0, 3])), rng()
         with torch.no_grad():
             table.add_(distance * ahead)
-            kl = getattr(model, f"_{modality}_surrogate")(*rollouts[modality], still, start[modality])[1]
+            made = {m: getattr(model, f"_rollout_{m}s")(prompt, prefs[m], start[m], g) for m in MODALITIES}
             table.sub_(distance * ahead)
-        return kl
+        texts.append(made["text"].content)
+        return made[modality].kl
     slope = (drift_at(1e-5) - drift_at(-1e-5)) / 2e-5
     assert_close(((slopes[2] - slopes[0]) * ahead).sum(), 2 * slope, rtol=1e-5, atol=1e-8)
+    assert torch.equal(*texts)
 
 
 def test_bf16_is_off_where_it_is_not_wanted():
@@ -495,15 +510,17 @@ def test_bf16_is_off_where_it_is_not_wanted():
 
 
 def test_reinforce_pleases_the_person():
-    """With lambda_c = 0 the reward is the user's score alone, which must rise by more than chance lets it."""
-    model, seen = toy(replace(CFG, reward=replace(CFG.reward, lambda_c=0.0, images=8, texts=32)), seed=1), []
+    """With lambda_c = 0 the reward is the user's score alone, which must rise by more than chance lets it.
+    Pictures in 2 steps: the one that is differentiated is then the only one with noise."""
+    cfg = replace(CFG, reward=replace(CFG.reward, lambda_c=0.0, images=8, texts=32, diffusion_steps=2))
+    model, seen = toy(cfg, seed=1), []
     for n, parameter in enumerate((*model.image.parameters(), *model.text.parameters())):
         # tokens matter more than in a fresh model
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng(n))
     rates = dict(image=0.3, text=1.0)
     optimizer = torch.optim.Adam([{"params": [table], "lr": rates[m]} for m, table in tables(model).items()])
     for n in range(45):
-        found = step(model, user=(0, 0, 0), seed=n)
+        found = step(model, user=(0,) * 8, seed=n)
         optimizer.step()
         seen.append(torch.stack(found.parts[1:]))
     first, last = torch.stack(seen[:10]), torch.stack(seen[-10:])

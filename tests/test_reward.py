@@ -673,7 +673,7 @@ def test_errors_name_the_tensor_and_the_cure(call, message):
     ("groups", 0, ">= 1"), ("rounds", -1, ">= 0"), ("scorer_width", 12, "a multiple of 8"),
     ("scorer_temperature", 0.001, "0.01 <= scorer_temperature"), ("scorer_drop", 1.0, "scorer_drop < 1"),
     ("scorer_mirror", -0.1, ">= 0"), ("scorer_zoom", 1.0, "scorer_zoom < 1"), ("scorer_dropout", 1.0, "scorer_dropout < 1"),
-    ("grad_steps", 9, "grad_steps <= diffusion_steps = 4")])
+    ("diffusion_steps", 1, ">= 2")])
 def test_config_refuses_what_cannot_work(field, value, cure):
     with pytest.raises(ValueError, match=f"RewardConfig.{field}={value}: need .*{cure}"):
         RewardConfig(**{field: value})
