@@ -9,7 +9,7 @@
     z_s ~ N(mean(z_t, v), std^2), from t = T_MAX down to 0                          ddim_step
 
 Shapes: B batch, P prompt words, M = L preference tokens, K codes, T text length, V vocabulary,
-D width, C channels of the latent, H picture side, h = H / 4."""
+S positions that the decoder sees, D width, C channels of the latent, H picture side, h = H / 4."""
 
 import contextlib
 import math
@@ -125,8 +125,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn vocab_size - 259 merges, or fewer where the texts run out of pairs, which are the
-        same for any order of the texts."""
+        """Learn at most vocab_size - 259 merges, the same for any order of the texts."""
         words = Counter(word for text in texts for word in PRETOKEN.findall(text))
         return cls(_learn_merges(words, vocab_size - FIRST_MERGE))
 
@@ -186,12 +185,11 @@ class Conditioned(nn.Module):
         self.levels, self.codes = levels, codes
         self.words = nn.Embedding(n_words + 1, width)
         self.preference = nn.Embedding(levels * codes, width)
-        self.null = nn.Parameter(torch.empty(levels, width))
+        self.null = nn.Parameter(torch.randn(levels, width))
 
     def embed(self, prompt: Tensor, prefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Word vectors (B, P, D), preference vectors (B, M, D), and which of both are no padding,
-        (B, P + M) bool; prompt (B, P), prefs (B, M) int64. Raises ValueError on prefs of another
-        shape."""
+        (B, P + M) bool; for prompt (B, P), prefs (B, M) int64. Raises ValueError on another M."""
         if prefs.shape != (len(prompt), self.levels):
             raise ValueError(f"{type(self).__name__}: prefs {tuple(prefs.shape)} for prompt "
                              f"{tuple(prompt.shape)}: need (B, M) = {(len(prompt), self.levels)}")
@@ -290,7 +288,7 @@ class TextDecoder(Conditioned):
 
     def transform(self, x: Tensor, visible: Tensor,
                   past: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """x (B, T, D) through all blocks, and what each block returns as the next `past`."""
+        """x (B, T, D) after all blocks, and the `past` of each for the positions that follow."""
         memories = []
         for block, own in zip(self.blocks, past or [None] * len(self.blocks)):
             x, memory = block(x, visible, own)
@@ -312,7 +310,7 @@ class TextDecoder(Conditioned):
         n_prefix = present.shape[1]
         before = F.pad(tokens, (1, 0), value=BOS)[:, :length]  # BOS y_1 .. y_T-1
         text = self.tokens(before) + self.position[:length]
-        x = torch.cat([words, tastes, text], dim=1)  # (B, S, D), S = P + M + T
+        x = torch.cat([words, tastes, text], dim=1)  # (B, S, D)
         visible = present.new_ones(x.shape[1], x.shape[1]).tril()
         visible[:, :n_prefix] = True
         visible = visible & F.pad(present, (0, length), value=True)[:, None]  # (B, S, S)
@@ -334,8 +332,8 @@ class TextDecoder(Conditioned):
 
     def step(self, token: Tensor, t: int, past: list[Tensor],
              present: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, V) of y_t+1 given token (B, 1) = y_t, BOS for t = 0, and the memories to go on
-        with; past: the memories up to y_t-1; present as `start` gave it."""
+        """Logits (B, V) of y_t+1 given token (B, 1) = y_t, BOS for t = 0, and the memories that the
+        next step needs; past: those of the positions before, present: as `start` gave it."""
         x = self.tokens(token) + self.position[t]  # (B, 1, D)
         visible = F.pad(present, (0, t + 1), value=True)[:, None]  # (B, 1, P + M + t + 1)
         x, past = self.transform(x, visible, past)
@@ -382,7 +380,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor,
                 generator: torch.Generator | None = None, max_len: int | None = None) -> Tensor:
     """A text for each row of prompt (B, P) and prefs (B, M) int64, -1 null: tokens (B, T), PAD
     after EOS; T = max_len, by default the decoder's context. Guidance, temperature and nucleus are
-    those of decoder.cfg. The generator, on prompt's device, advances the same whatever is said."""
+    those of decoder.cfg. The generator advances by the same amount whatever is sampled."""
     cfg, batch, guided = decoder.cfg, len(prompt), decoder.cfg.guidance != 1
     max_len = max_len or cfg.context
     uniform = torch.rand(max_len, batch, 1, generator=generator, device=prompt.device)
@@ -391,7 +389,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor,
     past, present = decoder.start(prompt, prefs)
     tokens = prompt.new_full((batch, 1), BOS)
     for t in range(max_len):
-        # have all texts ended? Asked now and then: to know it, one must wait for a GPU
+        # Have all texts ended? Asked only now and then, for on a GPU the answer is waited for.
         if t and t % 8 == 0 and (tokens == EOS).any(1).all():
             break
         last = tokens[:, -1:]
@@ -551,7 +549,6 @@ class Denoiser(Conditioned):
         w, d = cfg.width, 2 * cfg.width
         super().__init__(d, n_words, levels, codes)
         self.cfg = cfg
-        nn.init.normal_(self.null)
         self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
         self.pool = nn.Linear((1 + levels) * d, d)
         self.conv_in = nn.Conv2d(cfg.latent, w, 3, padding=1)
@@ -578,7 +575,7 @@ class Denoiser(Conditioned):
         """v (B, C, h, h) for z (B, C, h, h) at times t (B,) in [0, 1]; prompt (B, P), prefs (B, M)
         int64, -1 null."""
         tokens, present, pooled = self.condition(prompt, prefs)
-        cond = F.silu(self.time(time_features(t, 64).to(z.dtype)) + pooled)  # (B, D)
+        cond = F.silu(self.time(time_features(t, 64)) + pooled)  # (B, D)
         h = self.conv_in(z)  # (B, D/2, h, h)
         for block in self.down:
             h = block(h, cond)
@@ -594,7 +591,7 @@ class Denoiser(Conditioned):
              generator: torch.Generator | None = None) -> Tensor:
         """() mean squared error of v = alpha eps - sigma z (2202.00512v2, Appendix D) at
         logit-normal times t = sigmoid(N(time_mean, time_std^2)) (2403.03206v1, Sec. 3.1).
-        z (B, C, h, h) clean standardized latents, prompt (B, P), prefs (B, M). It starts at 1."""
+        z (B, C, h, h) clean standardized latents, prompt (B, P), prefs (B, M)."""
         u = torch.randn(len(z), generator=generator, device=z.device, dtype=z.dtype)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         t = (self.cfg.time_mean + self.cfg.time_std * u).sigmoid()
@@ -650,7 +647,7 @@ def ddim_step(z: Tensor, v: Tensor, t: float, s: float, eta: float) -> tuple[Ten
         z_0 = alpha_t z - sigma_t v,  eps = sigma_t z + alpha_t v
         std = eta sigma_s / sigma_t sqrt(1 - alpha_t^2 / alpha_s^2)     2010.02502v4, Eq. 16
         mean = alpha_s z_0 + sqrt(sigma_s^2 - std^2) eps                2010.02502v4, Eq. 12
-    z, v (B, C, h, h) -> mean (B, C, h, h), std () >= 0, which is 0 at s = 0: noise has an end."""
+    z, v (B, C, h, h) -> mean (B, C, h, h), std () >= 0, which is 0 at s = 0."""
     (alpha, sigma), (alpha_s, sigma_s) = (alpha_sigma(z.new_full((), time)) for time in (t, s))
     std = eta * sigma_s / sigma * (1 - (alpha / alpha_s).square()).clamp(min=0).sqrt()
     clean, eps = alpha * z - sigma * v, sigma * z + alpha * v
@@ -673,9 +670,8 @@ def denoise(denoiser: Denoiser, z: Tensor, times: Sequence[float], prompt: Tenso
 
 def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
                    generator: torch.Generator | None = None, steps: int | None = None) -> Tensor:
-    """Standardized latents (B, C, h, h) for each row of prompt (B, P) and prefs (B, M) int64, -1
-    null, by `steps` (None: cfg.sampling_steps) of DDIM from noise. The generator lives on the
-    denoiser's device."""
+    """A standardized latent for each row of prompt (B, P) and prefs (B, M) int64, -1 null:
+    (B, C, h, h), by `steps` of DDIM (by default cfg.sampling_steps) from noise."""
     z = denoiser.noise(len(prompt), generator)
     times = sampling_times(steps or denoiser.cfg.sampling_steps)
     return denoise(denoiser, z, times, prompt, prefs, generator)
