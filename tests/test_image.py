@@ -239,7 +239,7 @@ def test_time_features_are_sines_and_cosines_at_frequencies_1_to_1000():
 def test_condition_is_the_loop_over_words_and_levels():
     net = tiny()
     _, _, prompt, prefs = batch(6)
-    prompt[5] = 0                                                   # no word at all
+    prompt[4, 1:], prompt[5] = 0, 0                                 # one word; no word at all
     tokens, present, pooled = net.condition(prompt, prefs)
     for b in range(6):
         words = [net.words.weight[word] for word in prompt[b] if word != 0]
@@ -328,6 +328,14 @@ def test_loss_is_the_loop_over_pictures_for_the_same_draws_in_value_and_gradient
     wrt = list(net.parameters())
     for got, want in zip(torch.autograd.grad(loss, wrt), torch.autograd.grad(total, wrt)):
         assert_close(got, want)
+
+
+def test_tokens_and_what_stands_in_for_them_start_alike():
+    torch.manual_seed(0)
+    net = Denoiser(ImageConfig(width=64), 5, 8, 4)
+    for rows in (net.null, net.preference.weight):                  # (8, 128), (32, 128) standard normal
+        assert abs(rows.mean()) < 5 / math.sqrt(rows.numel())
+        assert abs(rows.std() - 1) < 5 / math.sqrt(2 * rows.numel())
 
 
 def test_loss_starts_at_1_for_v_starts_at_0():

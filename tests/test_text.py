@@ -268,6 +268,19 @@ def test_drop_preferences_drops_whole_rows_at_its_rate():
     assert torch.equal(drop_preferences(prefs, 0.0, g), prefs)
 
 
+def test_weights_start_as_gpt2s():
+    """0.02 everywhere, less for what each layer adds to the residual stream: the sum of all keeps its size."""
+    torch.manual_seed(0)
+    decoder = TextDecoder(TextConfig(layers=3, width=32, heads=2, context=40, vocab_size=64), 30, 5, 20)
+    for name, parameter in decoder.named_parameters():
+        std = 0.02 / math.sqrt(6) if name.endswith("contract.weight") else 0.02
+        if parameter.ndim == 2:
+            assert abs(parameter.std() / std - 1) < 5 / math.sqrt(2 * parameter.numel()), name
+            assert abs(parameter.mean()) < 5 * std / math.sqrt(parameter.numel()), name
+        else:
+            assert (parameter == 1).all(), name
+
+
 def test_loss_starts_at_ln_v_and_one_batch_is_learnt_by_heart():
     torch.manual_seed(0)
     decoder = TextDecoder(TextConfig(layers=2, width=32, heads=2, context=8, vocab_size=64), 5, 2, 3)
@@ -351,6 +364,15 @@ def test_nucleus_takes_ties_together_and_keeps_what_it_is_told():
     kept = sampling_logits(logits[None].repeat(3, 1), None, cfg, keep=torch.tensor([4, 2, PAD]))
     assert kept.isfinite()[:, EOS:].tolist() == [[True, True, True, False], [True, True, False, False],
                                                  [True, True, False, False]]
+    kept = sampling_logits(logits.flip(0)[None], None, cfg, keep=torch.tensor([EOS]))      # EOS unlikely, but it was drawn
+    assert kept.isfinite()[:, EOS:].tolist() == [[True, False, True, True]]
+
+
+def test_nucleus_is_full_as_soon_as_it_reaches_its_probability():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()
+    assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.25]         # to the bit
+    assert nucleus(logits, 0.5).tolist() == [True, False, False]
+    assert nucleus(logits, 0.50001).tolist() == [True, True, True]
 
 
 def test_the_whole_distribution_has_no_rare_token_cut_off():
@@ -363,10 +385,11 @@ def test_nucleus_is_the_same_wherever_the_sorting_is_done(top_p, monkeypatch):
     """On the CPU numpy sorts; elsewhere torch, here at work on a tensor that says it is elsewhere."""
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
-    logits = 2 * torch.randn(30, 7, generator=torch.Generator().manual_seed(0))
+    logits = 2 * torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0))
     inside = nucleus(logits, top_p)
     assert torch.equal(nucleus(logits.as_subclass(Elsewhere), top_p).as_subclass(torch.Tensor), inside)
-    assert torch.equal(inside, torch.stack([slow_nucleus(p, top_p) for p in logits.softmax(-1)]))
+    slow = torch.stack([slow_nucleus(p, top_p) for p in logits.softmax(-1).flatten(0, 1)])
+    assert torch.equal(inside.flatten(0, 1), slow)
 
 
 def test_half_precision_logits_are_summed_in_fp32():
@@ -628,8 +651,11 @@ def test_errors_name_the_tensor_both_sizes_and_the_cure():
         decoder(F.pad(tokens, (0, 1)), prompt, prefs)
 
 
-def test_ids_out_of_range_are_no_other_levels_codes():
-    decoder, (tokens, prompt, prefs) = tiny(), batch()
-    for wrong in ((tokens + 9, prompt, prefs), (tokens, prompt + 5, prefs), (tokens, prompt, prefs + 2)):
+def test_ids_out_of_range_are_refused_and_no_other_levels_codes():
+    """The first that does not exist: 11 tokens, 5 words and 0 for padding, 3 codes a level."""
+    decoder = tiny()
+    right = torch.full((4, 6), 10), torch.full((4, 3), 5), torch.full((4, 2), 2)
+    decoder(*right)
+    for n in range(3):
         with pytest.raises(IndexError):
-            decoder(*wrong)
+            decoder(*(x + (k == n) for k, x in enumerate(right)))
