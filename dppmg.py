@@ -703,8 +703,8 @@ class DPPMG(nn.Module):
 
     # reward
 
-    def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor], with_kl: bool,
-                       generator: torch.Generator | None) -> ReinforceStep:
+    def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor],
+                       with_kl: bool, generator: torch.Generator | None) -> ReinforceStep:
         """Sample groups of images and texts, score them, and give the surrogate loss of both token
         tables. user (G,) int64, prompt (G, P); reference: the tables to measure the KL from, which
         is measured if with_kl or where it counts. Frozen: all but the tables."""
@@ -728,22 +728,22 @@ class DPPMG(nn.Module):
         noise decides is then part of the baseline."""
         cfg, n = self.image.cfg, self.cfg.reward.images
         times = sampling_times(self.cfg.reward.diffusion_steps)
-        noise = self.image.noise(len(prompt), generator)                        # (G, C, h, h)
+        noise = self.image.noise(len(prompt), generator)  # (G, C, h, h)
         t, s = times[:2]
 
         def first_step() -> tuple[Tensor, Tensor]:
             with self.half():
                 v = guided_v(self.image, noise, t, prompt, prefs, guidance_at(t, cfg))
             return ddim_step(noise, v, t, s, cfg.eta)
-        mean, std = first_step()                                                # with gradient
+        mean, std = first_step()  # with gradient
         kl = mean.new_zeros(())
         if reference is not None:
             with torch.no_grad(), table_as(self.image, reference):
                 start, _ = first_step()
             kl = gaussian_kl(mean, start, std).mean()
-        mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))    # (G S_i, ..)
+        mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))
         z = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        z = mean.detach() + std * z                                             # here they part
+        z = mean.detach() + std * z  # (G S_i, C, h, h): here the images of a group part
         with self.half():
             latents = denoise(self.image, z, times[1:], prompt, prefs, generator)
         return Rollout(latents, gaussian_log_prob(z, mean, std), kl)
@@ -755,10 +755,10 @@ class DPPMG(nn.Module):
         the KL holds: of the policy before its nucleus is cut out, else it were infinite."""
         cfg = self.text.cfg
         prompt, prefs = (x.repeat_interleave(self.cfg.reward.texts, 0) for x in (prompt, prefs))
-        tokens = self.sample_tokens(prompt, prefs, generator)                   # (G S_t, T)
+        tokens = self.sample_tokens(prompt, prefs, generator)  # (G S_t, T)
         with self.half():
-            cond = self.text(tokens, prompt, prefs)                             # (G S_t, T, V)
-            with torch.no_grad():           # what REINFORCE changes is not in the null branch
+            cond = self.text(tokens, prompt, prefs)  # (G S_t, T, V)
+            with torch.no_grad():  # what REINFORCE changes is not in the null branch
                 null = self.text(tokens, prompt, torch.full_like(prefs, -1))
         log_prob = text_log_prob(cond, null, tokens, cfg)
         kl = log_prob.new_zeros(())
@@ -770,14 +770,16 @@ class DPPMG(nn.Module):
         return Rollout(tokens, log_prob, kl)
 
     @torch.no_grad()
-    def _reward(self, user: Tensor, latents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, RewardParts]:
+    def _reward(self, user: Tensor, latents: Tensor,
+                tokens: Tensor) -> tuple[Tensor, Tensor, RewardParts]:
         """Rewards (G, S_i) of the images and (G, S_t) of the texts made for users (G,)."""
-        cfg, group = self.cfg.reward, (len(user), -1)
-        image_emb = self.scorer.encode_image(self.decode_latents(latents))      # (G S_i, D)
-        text_emb = self.scorer.encode_text(tokens)                              # (G S_t, D)
-        s_image = self.score("image", self.preference_image[user].repeat_interleave(cfg.images, 0), latents)
-        s_text = self.score("text", self.preference_text[user].repeat_interleave(cfg.texts, 0), tokens)
-        grouped = (x.unflatten(0, group) for x in (image_emb, text_emb, s_image, s_text))
+        cfg = self.cfg.reward
+        image_emb = self.scorer.encode_image(self.decode_latents(latents))  # (G S_i, D)
+        text_emb = self.scorer.encode_text(tokens)  # (G S_t, D)
+        likes_image = self.preference_image[user].repeat_interleave(cfg.images, 0)
+        likes_text = self.preference_text[user].repeat_interleave(cfg.texts, 0)
+        scores = self.score("image", likes_image, latents), self.score("text", likes_text, tokens)
+        grouped = (x.unflatten(0, (len(user), -1)) for x in (image_emb, text_emb, *scores))
         return pair_reward(*grouped, cfg)
 
     # files
