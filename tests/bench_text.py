@@ -91,7 +91,8 @@ def main():
     jobs = our_jobs(args.layers, args.width, args.length)
     if args.nanogpt:
         jobs |= nanogpt_jobs(args.nanogpt, args.layers, args.width, args.length)
-    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()} | tokenizer_jobs()
+    jobs |= {f"{name}, bf16": torch.autocast("cpu", torch.bfloat16)(job) for name, job in jobs.items()}
+    jobs |= tokenizer_jobs()
     wall, cpu = ({name: float("inf") for name in jobs} for _ in range(2))
     for _ in range(args.repeat):
         for name, job in jobs.items():

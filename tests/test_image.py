@@ -17,7 +17,8 @@ from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfi
                         time_features)
 from train import ema_update
 
-TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1, guidance=1.0, guidance_until=0.0)
+TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1, guidance=1.0,
+            guidance_until=0.0)
 LARGE = dict(size=64, width=512, layers=2, heads=8)                 # about 100 M parameters
 
 
@@ -552,13 +553,12 @@ def hand_step(net, z, t, s, prompt, prefs, guidance, eta):
 
 
 @pytest.mark.parametrize("guidance, eta, until, guided", [
-    (1.0, 1.0, 0.0, 4), (2.0, 1.0, 0.0, 4), (2.0, 0.4, 0.5, 2), (2.0, 1.0, 0.3, 3), (2.0, 1.0, 0.98, 0), (0.0, 0.0, 0.5, 4)])
+    (1.0, 1.0, 0.0, 4), (2.0, 1.0, 0.0, 4), (2.0, 0.4, 0.5, 2), (2.0, 1.0, 0.3, 3), (2.0, 1.0, 0.98, 0),
+    (0.0, 0.0, 0.5, 4)])
 def test_sampling_is_step_by_step_what_the_paper_says_with_fresh_noise(guidance, eta, until, guided):
     """Steps start at times 0.98, 0.735, 0.49, 0.245: so many of them are guided; w = 0 stays 0."""
     net, (_, _, prompt, prefs) = tiny(guidance=guidance, eta=eta, guidance_until=until), batch(6)
-    g, z, times = rng(3), torch.randn(6, 2, 4, 4, generator=rng(3), dtype=torch.float64), [0.98, 0.735, 0.49, 0.245, 0.0]
-    got = sample_latents(net, prompt, prefs, g, steps=4)
-    g = rng(3)
+    got, g, times = sample_latents(net, prompt, prefs, rng(3), steps=4), rng(3), [0.98, 0.735, 0.49, 0.245, 0.0]
     z = torch.randn(6, 2, 4, 4, generator=g, dtype=torch.float64)
     for k, (t, s) in enumerate(zip(times, times[1:])):
         mean, std = hand_step(net, z, t, s, prompt, prefs, guidance if k < guided else 1.0, eta)
@@ -734,9 +734,9 @@ def test_dtype_stays(dtype):
     net, (z, t, prompt, prefs) = tiny(dtype=dtype), batch()
     z, autoencoder = z.to(dtype), tiny_autoencoder(dtype)
     v = guided_v(net, z, 0.9, prompt, prefs, 2.0)
-    for x in (net.loss(z, prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 3), v, *ddim_step(z, v, 0.9, 0.5, 1.0),
-              autoencoder.loss(pictures(2).to(dtype), 0.1, rng()), autoencoder.encode(pictures(2).to(dtype)),
-              autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
+    for x in (net.loss(z, prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 3), v,
+              *ddim_step(z, v, 0.9, 0.5, 1.0), autoencoder.loss(pictures(2).to(dtype), 0.1, rng()),
+              autoencoder.encode(pictures(2).to(dtype)), autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
         assert x.dtype == dtype
 
 

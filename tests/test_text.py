@@ -364,7 +364,7 @@ def test_nucleus_takes_ties_together_and_keeps_what_it_is_told():
     kept = sampling_logits(logits[None].repeat(3, 1), None, cfg, keep=torch.tensor([4, 2, PAD]))
     assert kept.isfinite()[:, EOS:].tolist() == [[True, True, True, False], [True, True, False, False],
                                                  [True, True, False, False]]
-    kept = sampling_logits(logits.flip(0)[None], None, cfg, keep=torch.tensor([EOS]))      # EOS unlikely, but it was drawn
+    kept = sampling_logits(logits.flip(0)[None], None, cfg, keep=torch.tensor([EOS]))   # unlikely, but drawn
     assert kept.isfinite()[:, EOS:].tolist() == [[True, False, True, True]]
 
 
@@ -499,7 +499,8 @@ def test_samples_have_the_frequencies_of_their_log_prob():
     tokens, prompt, prefs = outcomes(5, 2)
     log_prob = text_log_prob(decoder, tokens, prompt, prefs)
     probability = dict(zip(map(tuple, tokens.tolist()), log_prob.exp().tolist()))
-    sampled = sample_text(decoder, prompt[:1].expand(n, -1), prefs[:1].expand(n, -1), torch.Generator().manual_seed(0))
+    rows = prompt[:1].expand(n, -1), prefs[:1].expand(n, -1)
+    sampled = sample_text(decoder, *rows, torch.Generator().manual_seed(0))
     count = Counter(map(tuple, sampled.tolist()))
     for text, seen in count.items():
         p = probability[text]
