@@ -162,86 +162,6 @@ def propagate(graph: Graph, x0: Tensor, layers: int) -> Tensor:
     return _SymmetricMap.apply(x0, lambda x: _mean_of_layers(graph, x, layers))
 
 
-class _HalfMean:
-    """Rows of the mean of layers 0..layers, and the way back from them, with products in bf16: half the bytes, which are what
-    a product takes its time for. With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again.
-    nodes (K,) int64, each once; layers > 0."""
-
-    def __init__(self, graph: Graph, layers: int, nodes: Tensor, dtype: torch.dtype):
-        degree = graph.row_ptr.diff()
-        self.graph, self.layers, self.nodes, self.count = graph, layers, nodes, degree[nodes]
-        self.root = degree.clamp(min=1).to(dtype).sqrt()[:, None]                   # (N, 1) D^1/2
-
-    def _spread(self, y: Tensor) -> Tensor:
-        """y + P y + ... + P^(layers-1) y, P = D^-1 A, by Horner's rule: (N, D) -> (N, D)."""
-        first, inverse = y, self.root.square().reciprocal().bfloat16()
-        for _ in range(self.layers - 1):
-            y = torch.addcmul(first, self._sum(y), inverse)
-        return y
-
-    def _sum(self, y: Tensor) -> Tensor:
-        """A y: the sum of each node's neighbours, (N, D) -> (N, D)."""
-        return F.embedding_bag(self.graph.col, y, self.graph.row_ptr, mode="sum", include_last_offset=True)
-
-    def _sum_at_nodes(self, y: Tensor) -> Tensor:
-        """(A y)[nodes], (N, D) -> (K, D). Where they have few of the edges, by looking at these alone: to list an edge takes
-        the time of three in a product of all."""
-        ends = self.count.cumsum(0, dtype=self.count.dtype)                         # (K,)
-        if 4 * int(self.count.sum()) > len(self.graph.col):
-            return self._sum(y)[self.nodes]
-        first = ends - self.count
-        edge = torch.repeat_interleave(self.graph.row_ptr[self.nodes] - first, self.count)
-        edge += torch.arange(len(edge), dtype=edge.dtype, device=edge.device)
-        return F.embedding_bag(self.graph.col[edge], y, first, mode="sum")
-
-    def rows(self, x0: Tensor) -> Tensor:
-        """Layer-0 embeddings (N, D) -> the mean of the layers at the nodes (K, D)."""
-        near = self._sum_at_nodes(self._spread((x0 / self.root).bfloat16())).to(x0.dtype)
-        return torch.addcdiv(x0[self.nodes], near, self.root[self.nodes]).div_(self.layers + 1)
-
-    def back(self, grad: Tensor) -> Tensor:
-        """Gradient in rows (K, D) -> in x0 (N, D)."""
-        y = grad.new_zeros(len(self.root), grad.shape[1], dtype=torch.bfloat16)
-        y[self.nodes] = (grad / self.root[self.nodes]).bfloat16()
-        total = self._sum(self._spread(y)).to(grad.dtype).div_(self.root * (self.layers + 1))
-        return total.index_add_(0, self.nodes, grad, alpha=1 / (self.layers + 1))
-
-
-class _Rows(torch.autograd.Function):
-    """Rows of the mean of layers and of x0: together, so that the backward pass fills one (N, D) and not three."""
-
-    @staticmethod
-    def forward(ctx, x0, nodes, graph, layers, half):
-        """x0 (N, D), nodes (K,) int64, with half each once -> (K, D), (K, D)."""
-        ctx.save_for_backward(nodes)
-        ctx.graph, ctx.layers = graph, layers
-        ctx.mean = _HalfMean(graph, layers, nodes, x0.dtype) if half else None
-        return ctx.mean.rows(x0) if half else _mean_of_layers(graph, x0, layers)[nodes], x0[nodes]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, own_grad):
-        """Gradients in both (K, D) -> in x0 (N, D)."""
-        nodes, = ctx.saved_tensors
-        if ctx.mean:
-            total = ctx.mean.back(grad)
-        else:
-            total = grad.new_zeros(len(ctx.graph.row_ptr) - 1, grad.shape[1]).index_add_(0, nodes, grad)
-            total = _mean_of_layers(ctx.graph, total, ctx.layers)
-        return total.index_add_(0, nodes, own_grad), None, None, None, None
-
-
-def propagated_rows(graph: Graph, x0: Tensor, nodes: Tensor, layers: int, half: bool = False) -> tuple[Tensor, Tensor]:
-    """propagate(graph, x0, layers)[nodes] and x0[nodes]: x0 (N, D), nodes (...) int64 -> (..., D) each, differentiable
-    (once) in x0, with less to do than by indexing. half: for build_graph's weights, in fp32 on the CPU, the layers after
-    x0 in bf16 (DEVIATION 25): what they add is right to 0.4 %. Elsewhere it changes nothing. Raises ValueError as spmm does."""
-    _check_rows(graph, x0)
-    half = half and layers > 0 and x0.dtype == torch.float32 and x0.device.type == "cpu"
-    once, place = nodes.unique(return_inverse=True) if half else (nodes.flatten(), None)
-    rows = _Rows.apply(x0, once, graph, layers, half)
-    return tuple(F.embedding(place, part) if half else part.reshape(*nodes.shape, x0.shape[1]) for part in rows)
-
-
 # -------------------------------------------------------------------- what is learnt: liked above other
 
 def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
@@ -434,23 +354,19 @@ class ModalGNN(nn.Module):
         return {m: (part[:self.n_users], part[self.n_users:])
                 for m, part in zip(self.modalities, x.split(self.cfg.dim, dim=1))}
 
-    def loss(self, graph: Graph, user: Tensor, pos: Tensor, neg: Tensor, half: bool = False) -> Tensor:
+    def loss(self, graph: Graph, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
         """BPR on the summed score + BPR on each modality's own, so that each learns its own taste (FREEDOM)
         + l2/2 of a triplet's squared layer-0 rows (2002.02126v4, eq. 15). One modality: BPR once.
         user, pos (B,), neg (B,) or candidates (B, C), int64 -> () nats: ln 2 per BPR from fresh weights.
         Of several candidates the one with the highest summed score counts (dynamic negative sampling, doi
-        10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures.
-        half: as in propagated_rows; with candidates it changes nothing."""
-        x0, many = self._layer0(), neg.ndim == 2                                # (N, M D)
-        if many:                                                                # then most rows are asked for, so all are made
-            x = propagate(graph, x0, self.cfg.layers)
+        10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures."""
+        x0 = self._layer0()                                                     # (N, M D)
+        x = propagate(graph, x0, self.cfg.layers)
+        if neg.ndim == 2:
             score = torch.einsum("bd,bcd->bc", x.detach()[user], x.detach()[self.n_users + neg])
             neg = neg.gather(1, score.argmax(dim=1, keepdim=True)).squeeze(1)
         nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])     # (3, B)
-        if many:
-            rows, own = F.embedding(nodes, x), F.embedding(nodes, x0)           # (3, B, M D) each
-        else:
-            rows, own = propagated_rows(graph, x0, nodes, self.cfg.layers, half)
+        rows, own = x[nodes], x0[nodes]                                         # (3, B, M D) each
         u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                         # (B, M, D) each
         pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)                   # (B, M)
         loss = bpr_loss(pos_score.sum(1), neg_score.sum(1))

@@ -452,7 +452,7 @@ def train_gnn(run: Run) -> str:
 
     def losses(generator):
         triplets = sample_triplets(model.graph, cfg.batch, generator, cfg.candidates)
-        return {"loss": model.gnn.loss(model.graph, *triplets, model.uses_bf16)}
+        return {"loss": model.gnn.loss(model.graph, *triplets)}
     fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
     with torch.no_grad():
         run.metrics["stage1"] = rank(run, model.gnn(model.graph), run.liked, run.pairs(TEST))

@@ -168,7 +168,7 @@ def test_a_whole_run_in_mixed_precision_is_finite_and_its_log_probabilities_are_
                         lambda col, x, *args, **named: rows.add(x.dtype) or embedding_bag(col, x, *args, **named))
     _, metrics = tiny(torch.device("cpu"))
     assert kinds == {name: {(torch.float32, True)} for name in ("gaussian_log_prob", "text_log_prob")}
-    assert rows == {torch.float32, torch.bfloat16}                  # of the graph: what is measured, and what trains
+    assert rows == {torch.float32}                                  # the graph network does without
     assert all(value == value for name, value in leaves(metrics) if name.endswith("mean"))
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("gnn", "vq", "generators", "reward", "dppmg", "train"))
     switched_on = [line for line in re.findall(r"torch\.autocast.*", source) if "enabled=False" not in line]

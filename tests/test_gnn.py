@@ -125,52 +125,6 @@ def test_propagate_is_the_mean_of_matrix_powers(graph, layers):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3])
-def test_propagated_rows_are_rows_of_propagate_by_value_and_gradient(graph, layers):
-    x, nodes = normal(U + I, 3).requires_grad_(), torch.tensor([[3, 0, 13], [3, 3, 5]])     # a node several times
-    up, own_up = normal(2, 3, 3, seed=1), normal(2, 3, 3, seed=2)
-    expected = gnn.propagate(graph, x, layers)[nodes], x[nodes]
-    rows = gnn.propagated_rows(graph, x, nodes, layers)
-    assert_close(rows, expected)
-    assert_close(*(torch.autograd.grad((pair[0] * up + pair[1] * own_up).sum(), x)[0] for pair in (rows, expected)))
-    assert gradcheck(lambda x: gnn.propagated_rows(graph, x, nodes, layers), (x,))
-
-
-@pytest.mark.parametrize("n_nodes", [2, 73])        # with few of the edges, and with all
-@pytest.mark.parametrize("layers", [0, 1, 2, 3])
-def test_bf16_rows_are_right_to_a_percent_by_value_and_gradient(layers, n_nodes):
-    g = seeded()
-    user, item = torch.randint(40, (600,), generator=g), torch.randint(30, (600,), generator=g)
-    graph = build_graph(user, item, 41, 32)                         # one user and two items without an edge
-    nodes = torch.cat([torch.tensor([40, 7, 7]), torch.randperm(73, generator=g)[:n_nodes]])
-    x, up, own_up = torch.randn(73, 8, generator=g), *torch.randn(2, len(nodes), 8, generator=g)
-    x.requires_grad_()
-    exact, rough = (gnn.propagated_rows(graph, x, nodes, layers, half) for half in (False, True))
-    added = exact[0] - x[nodes] / (layers + 1)                      # by the layers after x0, which stays exact
-    assert (rough[0] - exact[0]).norm() <= 0.01 * added.norm() and rough[0].dtype == torch.float32
-    assert_close(rough[0][0], x[40] / (layers + 1))
-    assert torch.equal(rough[1], x[nodes])
-    assert layers == 0 or not torch.equal(rough[0], exact[0])
-    exact, rough = (torch.autograd.grad((pair[0] * up + pair[1] * own_up).sum(), x)[0] for pair in (exact, rough))
-    own = torch.zeros(73, 8).index_add_(0, nodes, up / (layers + 1) + own_up)
-    assert (rough - exact).norm() <= 0.01 * (exact - own).norm()
-    assert_close(rough[40], own[40])
-
-
-def test_bf16_gradients_of_one_node_in_many_triplets_are_summed_in_fp32(graph):
-    x, nodes = normal(U + I, 3).float().requires_grad_(), torch.full((4096,), 1)
-    exact, rough = (torch.autograd.grad(gnn.propagated_rows(graph, x, nodes, 2, half)[0].sum(), x)[0] for half in (False, True))
-    assert_close(rough, exact, rtol=0.01, atol=1e-3)                # in bf16 the sum stops growing at 256
-
-
-def test_bf16_rows_are_for_float32_alone_and_for_one_row_a_node(graph):
-    x, nodes = normal(U + I, 3), torch.arange(5)
-    assert_close(*(gnn.propagated_rows(graph, x, nodes, 2, half) for half in (True, False)), rtol=0, atol=0)
-    for rows in (1, U + I - 1):
-        with pytest.raises(ValueError, match=rf"x is \({rows}, 3\) but the graph has 14 nodes"):
-            gnn.propagated_rows(graph, x[:rows].float(), nodes, 2, half=True)
-
-
 def test_spmm_names_both_sizes(graph):
     with pytest.raises(ValueError, match=r"x is \(13, 2\) but the graph has 14 nodes \(6 users \+ 8 items\)"):
         gnn.spmm(graph, torch.zeros(13, 2))
