@@ -405,17 +405,11 @@ def _pairs(graph: Graph, user: Tensor) -> tuple[Tensor, Tensor]:
 def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen_row: Tensor, seen_item: Tensor) -> Tensor:
     """The k items that score highest for each user, best first; equal scores by ascending item id.
     user_emb (C, D), item_emb (I, D), finite; seen_row, seen_item (H,): pairs that are not recommended ->
-    (C, k) int64, I (no item) where fewer than k are left. topk alone leaves equal scores to the device."""
+    (C, k) int64, I (no item) where fewer than k are left."""
     score = user_emb @ item_emb.T                                               # (C, I)
     score[seen_row, seen_item] = -math.inf
-    value, ids = score.topk(k)                                                  # (C, k) descending
-    last = value[:, -1:]
-    rank = torch.arange(1, k + 1, dtype=torch.int32, device=ids.device)         # (k,)
-    nth_tie = rank - (value > last).sum(1, keepdim=True, dtype=torch.int32)     # (C, k) <= 0: above all ties
-    ties = (score == last).cumsum(1, dtype=torch.int32)                         # (C, I) ties up to each item
-    ids = torch.where(nth_tie > 0, torch.searchsorted(ties, nth_tie), ids).sort(dim=1).values
-    value, order = score.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    return torch.where(value > -math.inf, ids.gather(1, order), len(item_emb))
+    score, item = score.sort(dim=1, descending=True, stable=True)
+    return item.masked_fill(score == -math.inf, len(item_emb))[:, :k]
 
 
 class Ranking(NamedTuple):
