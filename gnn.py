@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,7 @@ class GNNConfig:
     lr: float = 0.003     # step size of Adam
     l2: float = 1e-3      # weight of a triplet's squared layer-0 embeddings (2002.02126v4, eq. 15: 1e-4)
     batch: int = 2048     # triplets (user, liked item, other item) a step
-    candidates: int = 1   # other items drawn a triplet, the best-scored of which counts; 1: uniform negatives
     steps: int = 200      # optimizer steps
-
-    def __post_init__(self):
-        for name, low in dict(dim=1, layers=1, lr=0, l2=0, batch=1, candidates=1, steps=0).items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"GNNConfig.{name}={value}: need a finite number >= {low}")
 
 
 # -------------------------------------------------------------------------- the graph and its product
@@ -188,19 +181,17 @@ def sample_positives(graph: Graph, user: Tensor, generator: torch.Generator | No
     return graph.col[start + r % (graph.row_ptr[user + 1] - start)].long() - graph.n_users
 
 
-def sample_triplets(graph: Graph, batch: int, generator: torch.Generator | None = None, candidates: int = 1):
-    """user (B,), pos (B,), neg (B,) or, for several candidates, (B, C): int64. The user is uniform (recall is
-    a mean over users, so each counts the same), pos uniform over the user's items, neg over the others. Users
-    without an item, or with all of them, are left out. Ascending by user: neighbouring look-ups then share
-    cache lines, which makes them three times faster. Raises ValueError if nobody is left."""
+def sample_triplets(graph: Graph, n: int, generator: torch.Generator | None = None):
+    """n triplets (user, pos, neg), (n,) int64 each. The user is uniform (recall is a mean over users, so each
+    counts the same), pos uniform over the user's items, neg over the others. Users without an item, or with
+    all of them, are left out. Ascending by user: neighbouring look-ups then share cache lines, which makes
+    them three times faster. Raises ValueError if nobody is left."""
     if not len(graph.active):
         raise ValueError(f"sample_triplets: none of {graph.n_users} users likes some but not all of the "
                          f"{graph.n_items} items: there is nothing to rank; give more items or interactions")
-    draw = torch.randint(2**62, (batch,), generator=generator, device=graph.active.device)
-    user = graph.active[(draw % len(graph.active)).sort().values]               # (B,)
-    pos = sample_positives(graph, user, generator)
-    neg = sample_negatives(graph, user[:, None].expand(batch, candidates).contiguous(), generator)
-    return user, pos, neg if candidates > 1 else neg.squeeze(1)
+    draw = torch.randint(2**62, (n,), generator=generator, device=graph.active.device)
+    user = graph.active[(draw % len(graph.active)).sort().values]               # (n,)
+    return user, sample_positives(graph, user, generator), sample_negatives(graph, user, generator)
 
 
 # ------------------------------------------- features: functions of content, for what is generated too
@@ -286,109 +277,83 @@ class TfidfSVD(nn.Module):
         self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
 
 
-# ------------------------------------------------------------------------------------------- the model
+# ---- the model
 
 class ModalGNN(nn.Module):
-    """One LightGCN per modality m, side by side on one graph: x_u^0 = e_u^m, x_i^0 = W_m f_i^m, W_m (D, F)
-    without bias. Where a modality has no features, W_m f_i^m is a learnt table: then it is LightGCN itself.
+    """One LightGCN per modality m, side by side on one graph: x_u^0 = e_u^m and x_i^0 = W_m f_i^m,
+    with W_m (D, F) and no bias. features: m -> (I, F) of mean square about 1.
+    A user's preference is the propagated user row. A known item's score is its product with the
+    propagated item row; that of new content, which no graph reaches, its product with W_m f.
+    DEVIATION 1: BPR trains the score with the propagated item row, not with W_m f.
+    DEVIATION 2: e_u starts at 0: a user starts as the history alone, like someone folded in."""
 
-    features: m -> (I, F) of any scale (divided by their root mean square here), or None.
-    A user's preference is the propagated user row. A known item's score is its product with the propagated
-    item row; that of new content, which no graph reaches, with W_m f (embed_content).
-
-    DEVIATION 1: BPR trains the score with the propagated item row, not with W_m f. The direct score ranks no
-    worse for it: validation recall@20, propagated / direct, on sticker-like data 0.31 / 0.32, against 0.31
-    with the direct score trained; on MovieLens 0.18 / 0.06 against 0.06: content tells no popularity.
-    DEVIATION 2: with features, e_u starts at 0: a user starts as the history alone and stays near it. Users
-    who were not in training, folded in, keep 98 % of the recall@20 of those who were, on both data sets (95 %
-    from N(0, 0.1)). To leave e_u at 0 costs MovieLens a tenth of its recall."""
-
-    def __init__(self, n_users: int, n_items: int, features: dict[str, Tensor | None], cfg: GNNConfig,
-                 generator: torch.Generator | None = None):
+    def __init__(self, n_users: int, n_items: int, features: dict[str, Tensor], cfg: GNNConfig,
+                 generator: Generator | None = None):
         super().__init__()
-        if not features:
-            raise ValueError("ModalGNN: features is empty; give a modality at least ({'id': None}: LightGCN)")
-        self.cfg, self.modalities, self.n_users = cfg, tuple(features), n_users
-        self.user, self.item = nn.ParameterDict(), nn.ParameterDict()
+        self.cfg, self.n_users, self.modalities = cfg, n_users, tuple(features)
+        self.user, self.item = nn.ParameterDict(), nn.ParameterDict()   # e^m, W_m
         for m, f in features.items():
-            if f is None:                           # std 0.1: as the LightGCN authors' code
-                user = torch.randn(n_users, cfg.dim, generator=generator) * 0.1
-                item = torch.randn(n_items, cfg.dim, generator=generator) * 0.1
-            else:
-                width = f.shape[-1]
-                user = torch.zeros(n_users, cfg.dim)
-                item = torch.randn(cfg.dim, width, generator=generator) * (0.1 / width**0.5)    # W_m
-                self.register_buffer(f"features_{m}", torch.empty(n_items, width))
-                self.register_buffer(f"gain_{m}", torch.empty(()))
-                self.set_features(m, f)
-            self.user[m], self.item[m] = nn.Parameter(user), nn.Parameter(item)
+            width = f.shape[-1]
+            weight = torch.randn(cfg.dim, width, generator=generator)
+            self.user[m] = nn.Parameter(torch.zeros(n_users, cfg.dim))
+            self.item[m] = nn.Parameter(0.1 * weight / width**0.5)      # W f: 0.1, as LightGCN
+            self.register_buffer(f"features_{m}", torch.empty(n_items, width))
+            self.set_features(m, f)
 
-    @torch.no_grad()
-    def set_features(self, modality: str, features: Tensor) -> None:
-        """Replace a modality's content features by others (I, F). Raises ValueError for another shape."""
+    def set_features(self, modality: str, features: Tensor):
+        """Replace a modality's features by others (I, F). Raises ValueError for another shape."""
         kept = getattr(self, f"features_{modality}")
         if features.shape != kept.shape:
-            raise ValueError(f"ModalGNN: the features of {modality!r} are {tuple(features.shape)}; need "
-                             f"{tuple(kept.shape)}, one row for each item")
+            shapes = f"{tuple(features.shape)}, need {tuple(kept.shape)}"
+            raise ValueError(f"ModalGNN: features of {modality!r} are {shapes}")
         kept.copy_(features)
-        getattr(self, f"gain_{modality}").copy_(kept.square().mean().clamp(min=1e-30).rsqrt())
 
     def embed_content(self, modality: str, features: Tensor) -> Tensor:
-        """W_m f of content features (B, F), on the scale of those of the items -> (B, D).
-        Raises ValueError for a modality without features."""
-        known = [m for m in self.modalities if hasattr(self, f"gain_{m}")]
-        if modality not in known:
-            raise ValueError(f"embed_content: no features were given for {modality!r}, only for {known}")
-        return F.linear(features * getattr(self, f"gain_{modality}"), self.item[modality])
+        """W_m f of content features: (B, F) -> (B, D)."""
+        return F.linear(features, self.item[modality])
 
-    def _layer0(self) -> Tensor:
-        """(N, M D): the modalities side by side, so that they share each product with the graph."""
-        features = {m: getattr(self, f"features_{m}", None) for m in self.modalities}
-        items = {m: self.item[m] if f is None else self.embed_content(m, f) for m, f in features.items()}
-        parts = [torch.cat([self.user[m], items[m]]) for m in self.modalities]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def layer0(self) -> Tensor:
+        """x^0 (N, M D): the modalities side by side, so that they share products with the graph."""
+        parts = []
+        for m in self.modalities:
+            items = self.embed_content(m, getattr(self, f"features_{m}"))
+            parts.append(torch.cat([self.user[m], items]))              # (N, D)
+        return torch.cat(parts, dim=1)
 
     def forward(self, graph: Graph) -> dict[str, tuple[Tensor, Tensor]]:
         """m -> (preferences (U, D), propagated item rows (I, D))."""
-        x = propagate(graph, self._layer0(), self.cfg.layers)
-        return {m: (part[:self.n_users], part[self.n_users:])
-                for m, part in zip(self.modalities, x.split(self.cfg.dim, dim=1))}
+        x = propagate(graph, self.layer0(), self.cfg.layers).split(self.cfg.dim, dim=1)
+        return {m: rows.tensor_split([self.n_users]) for m, rows in zip(self.modalities, x)}
 
     def loss(self, graph: Graph, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-        """BPR on the summed score + BPR on each modality's own, so that each learns its own taste (FREEDOM)
-        + l2/2 of a triplet's squared layer-0 rows (2002.02126v4, eq. 15). One modality: BPR once.
-        user, pos (B,), neg (B,) or candidates (B, C), int64 -> () nats: ln 2 per BPR from fresh weights.
-        Of several candidates the one with the highest summed score counts (dynamic negative sampling, doi
-        10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures."""
-        x0 = self._layer0()                                                     # (N, M D)
-        x = propagate(graph, x0, self.cfg.layers)
-        if neg.ndim == 2:
-            score = torch.einsum("bd,bcd->bc", x.detach()[user], x.detach()[self.n_users + neg])
-            neg = neg.gather(1, score.argmax(dim=1, keepdim=True)).squeeze(1)
-        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])     # (3, B)
-        rows, own = x[nodes], x0[nodes]                                         # (3, B, M D) each
-        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                         # (B, M, D) each
-        pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)                   # (B, M)
-        loss = bpr_loss(pos_score.sum(1), neg_score.sum(1))
-        if len(self.modalities) > 1:
-            loss = loss + len(self.modalities) * bpr_loss(pos_score, neg_score)     # the sum of M means
-        return loss + self.cfg.l2 / 2 * own.square().sum() / len(user)
+        """BPR on the summed score + BPR on each modality's own, so that each learns its own taste
+        (FREEDOM) + l2/2 of a triplet's squared layer-0 rows (2002.02126v4, eq. 15).
+        user, pos, neg (B,) int64 -> () nats: about (1 + M) ln 2 from fresh weights."""
+        x0 = self.layer0()
+        x = propagate(graph, x0, self.cfg.layers)                       # (N, M D)
+        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])
+        rows, own = x[nodes], x0[nodes]                                 # (3, B, M D)
+        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                 # (B, M, D)
+        pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)           # (B, M)
+        summed = bpr_loss(pos_score.sum(1), neg_score.sum(1))
+        each = len(self.modalities) * bpr_loss(pos_score, neg_score)    # M means over B
+        return summed + each + self.cfg.l2 / 2 * own.square().sum() / len(user)
 
     @torch.no_grad()
     def fold_in(self, graph: Graph, user: Tensor, item: Tensor, n_new: int) -> dict[str, Tensor]:
-        """Preferences of people who were not in training, from their history alone: m -> (n_new, D).
-        user, item (H,): person user[h] in [0, n_new) likes item[h]; repeated pairs count once. It is the row
-        that propagate would give the person, with e_u = 0 and the items' rows as they are,
+        """Preferences of people who were not in training, from their history: m -> (n_new, D).
+        user, item (H,): person user[h] in [0, n_new) likes item[h]; repeated pairs count once. It
+        is the row that propagate would give, with e_u = 0 and the items' rows as they are,
             p = 1/(L+1) sum_{i in history} (|history| (degree_i + 1))^-1/2 sum_{k<L} x_i^k,
-        + 1 because the person is one of those who like i. Without a history p = 0."""
+        where the + 1 is the person, who likes i, too. Without a history p = 0."""
         history = build_graph(user, item, n_new, graph.n_items).to(graph.col.device)
+        person, liked = _pairs(history, torch.arange(n_new, device=graph.col.device))   # (H,)
+        n_liked = history.row_ptr.diff()[person]
+        n_likers = 1 + graph.row_ptr.diff()[graph.n_users + liked]
         layers = self.cfg.layers
-        items = propagate(graph, self._layer0(), layers - 1)[self.n_users:]     # (I, M D) layers 0..L-1
-        owner, liked = _pairs(history, torch.arange(n_new, device=items.device))        # (H,) each
-        n_liked = history.row_ptr.long().diff()[owner]                          # (H,)
-        n_likers = graph.row_ptr.diff()[graph.n_users + liked] + 1              # (H,)
-        weight = layers / (layers + 1) * (n_liked * n_likers).to(items.dtype).rsqrt()           # (H,)
-        p = items.new_zeros(n_new, items.shape[1]).index_add_(0, owner, weight[:, None] * items[liked])
+        items = propagate(graph, self.layer0(), layers - 1)[self.n_users:]  # a mean over k < L
+        weight = layers / (layers + 1) * (n_liked * n_likers).to(items.dtype).rsqrt()[:, None]
+        p = items.new_zeros(n_new, items.shape[1]).index_add_(0, person, weight * items[liked])
         return dict(zip(self.modalities, p.split(self.cfg.dim, dim=1)))
 
 

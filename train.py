@@ -451,7 +451,7 @@ def train_gnn(run: Run) -> str:
     cfg, model = run.cfg.gnn, run.model
 
     def losses(generator):
-        triplets = sample_triplets(model.graph, cfg.batch, generator, cfg.candidates)
+        triplets = sample_triplets(model.graph, cfg.batch, generator)
         return {"loss": model.gnn.loss(model.graph, *triplets)}
     fit(run, torch.optim.Adam(model.gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
     with torch.no_grad():
