@@ -194,87 +194,110 @@ def sample_triplets(graph: Graph, n: int, generator: torch.Generator | None = No
     return user, sample_positives(graph, user, generator), sample_negatives(graph, user, generator)
 
 
-# ------------------------------------------- features: functions of content, for what is generated too
+# ---- features: functions of content, so that they exist for what is generated, too
+
+BATCH = 1024        # rows that are worked on at once: bounds the memory
+ROUNDING = 1e-10    # a variance below this share of the mean square is an error of rounding
+N_SPECIAL = 3       # token ids 0, 1, 2 (padding, begin and end of a text) are no words
+
+
+def top_directions(gram: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest eigenvalues (n,) of a symmetric matrix (W, W), descending, and their unit
+    eigenvectors (W, n); all W of them, if n > W."""
+    value, direction = torch.linalg.eigh(gram)          # ascending
+    return value.flip(0)[:n], direction.flip(1)[:, :n]
+
+
+class Whitening(nn.Module):
+    """Principal components, scaled to variance 1: (B, W) -> (B, F). Directions in which nothing
+    varied when it was fitted give 0, as do those beyond W."""
+
+    def __init__(self, width: int, n_features: int):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("basis", torch.zeros(width, n_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.center) @ self.basis
+
+    @torch.no_grad()
+    def fit(self, x: Tensor):
+        """Set center and basis from x (I, W)."""
+        x = x.double()
+        self.center.copy_(x.mean(0))
+        variance, direction = top_directions(x.T.cov(correction=0), self.basis.shape[1])
+        floor = ROUNDING * x.square().sum(1).mean()
+        scale = torch.where(variance > floor, variance.rsqrt(), 0)
+        self.basis[:, :len(scale)] = direction * scale
+
 
 class LatentPCA(nn.Module):
-    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?),
-    half of its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
-    DEVIATION 14: the pooled half, relu of 512 fixed random 2 x 2 filters and their mean over the picture. Where things move
-    about, no linear map of the latent finds their colour: a probe reads a sticker's from 64 components right in 79 %, from 64
-    pooled ones in 99 %."""
+    """f^image: whitened principal components of an image's latent (B, C, h, h) -> (B, F). One half
+    are of the latent as it is (what is where?), the other of local features pooled over the picture
+    (what is there at all?). DEVIATION 14: the pooled half, means over the picture of the relu of
+    fixed random 2 x 2 filters, because no linear map of the latent finds the colour of a thing that
+    may be anywhere."""
 
     def __init__(self, channels: int, side: int, n_features: int, n_filters: int = 512):
         super().__init__()
         fixed = torch.Generator().manual_seed(0)
-        self.register_buffer("filters", torch.randn(n_filters, channels, 2, 2, generator=fixed) / (4 * channels) ** 0.5)
+        filters = torch.randn(n_filters, channels, 2, 2, generator=fixed)
+        self.register_buffer("filters", filters / (4 * channels) ** 0.5)
         self.register_buffer("bias", torch.randn(n_filters, generator=fixed))
-        for part, width in (("layout", channels * side * side), ("local", n_filters)):
-            self.register_buffer(f"{part}_center", torch.zeros(width))
-            self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
+        self.layout = Whitening(channels * side * side, n_features // 2)
+        self.local = Whitening(n_filters, n_features - n_features // 2)
 
-    def _parts(self, latents: Tensor) -> dict[str, Tensor]:
-        pooled = [F.conv2d(rows, self.filters, self.bias).relu().mean((2, 3)) for rows in latents.split(256)]
-        return {"layout": latents.flatten(1), "local": torch.cat(pooled)}                       # (B, C h h), (B, 512)
+    def pool(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, h) -> local features (B, n_filters), wherever in the picture."""
+        maps = (F.conv2d(x, self.filters, self.bias) for x in latents.split(BATCH))
+        return torch.cat([x.relu().mean((2, 3)) for x in maps])
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
-        parts = self._parts(latents).items()
-        return torch.cat([(x - getattr(self, f"{p}_center")) @ getattr(self, f"{p}_basis") for p, x in parts], 1)
+        return torch.cat([self.layout(latents.flatten(1)), self.local(self.pool(latents))], dim=1)
 
-    @torch.no_grad()
     def fit(self, latents: Tensor):
-        """Set centers and bases from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
-        for part, x in self._parts(latents).items():
-            center, basis = x.double().mean(0), getattr(self, f"{part}_basis").zero_()
-            x = x.double() - center
-            variance, direction = torch.linalg.eigh(x.T @ x / len(x))                           # ascending
-            n = min(basis.shape[1], len(variance))
-            top = variance.flip(0)[:n]
-            scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
-            getattr(self, f"{part}_center").copy_(center)
-            basis[:, :n] = direction.flip(1)[:, :n] * scale
-
-
-N_SPECIAL = 3       # token ids of padding, begin and end of a text: no words
+        """Fit both halves to the items' latents (I, C, h, h)."""
+        self.layout.fit(latents.flatten(1))
+        self.local.fit(self.pool(latents))
 
 
 class TfidfSVD(nn.Module):
-    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens. tokens (B, T) -> (B, F).
-    DEVIATION 6: the words of TF-IDF are the decoder's own tokens, which for all frequent words are the words: so the
-    feature of a generated text is a tensor function of its tokens, and REINFORCE needs no string on the host."""
+    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens (B, T) int64 -> (B, F).
+    DEVIATION 6: the words of TF-IDF are the decoder's own tokens (a frequent word is one token), so
+    that the feature of a generated text is a function of its tokens: REINFORCE needs no string."""
 
     def __init__(self, vocab_size: int, n_features: int):
         super().__init__()
         self.register_buffer("idf", torch.zeros(vocab_size))
         self.register_buffer("basis", torch.zeros(vocab_size, n_features))
 
+    def counts(self, tokens: Tensor) -> Tensor:
+        """How often each text has each token: (B, T) -> (B, V)."""
+        zero = self.idf.new_zeros(len(tokens), len(self.idf))
+        return zero.scatter_add(1, tokens, zero.new_ones(tokens.shape))
+
     def tfidf(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, V): counts (1 + log of them) times idf, as unit vectors; PAD, BOS, EOS count 0."""
-        count = self.idf.new_zeros(len(tokens), len(self.idf))
-        count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
-        return F.normalize(torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * self.idf, dim=1)
+        """(1 + log count) idf of a text's tokens, as a unit vector: (B, T) -> (B, V)."""
+        # what is absent: 1 + log 0 = -inf becomes 0
+        return F.normalize((1 + self.counts(tokens).log()).clamp(min=0) * self.idf, dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, F)."""
-        return torch.cat([self.tfidf(rows) @ self.basis for rows in tokens.split(1024)])
+        return torch.cat([self.tfidf(x) @ self.basis for x in tokens.split(BATCH)])
 
     @torch.no_grad()
     def fit(self, tokens: Tensor):
-        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1.
-        By the Gram matrix (V, V): the same bits each time, which scipy's svds does not give (it depends on where memory lies)."""
-        batches = tokens.split(1024)                            # (I, V) at once would fill the memory
-        self.idf.fill_(1)
-        df = sum((self.tfidf(rows) > 0).sum(0) for rows in batches)
-        self.idf.copy_(((1 + len(tokens)) / (1 + df)).log() + 1)
+        """Set idf = 1 + log((1 + I) / (1 + df)) and the basis from the items' texts (I, T), over
+        which the features get mean square 1. By the Gram matrix, which gives the same bits each
+        time; scipy's svds does not."""
+        batches = tokens.split(BATCH)
+        df = sum((self.counts(x) > 0).sum(0) for x in batches)      # (V,) texts with the token
+        self.idf.copy_(1 + ((1 + len(tokens)) / (1 + df)).log())
         self.idf[:N_SPECIAL] = 0
-        gram = sum(x.T @ x for x in (self.tfidf(rows).double() for rows in batches))
-        square, direction = torch.linalg.eigh(gram)                                             # ascending
-        n = min(self.basis.shape[1], len(square))
-        square, direction = square.flip(0)[:n], direction.flip(1)[:, :n]
-        largest = direction.gather(0, direction.abs().argmax(0, keepdim=True))                  # positive: a fixed sign
-        self.basis.zero_()
-        self.basis[:, :n] = direction * largest.sign() * (square > 1e-12 * square[0])
-        self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
+        unit = (self.tfidf(x).double() for x in batches)
+        gram = sum(x.T @ x for x in unit)                           # (V, V)
+        square, direction = top_directions(gram, self.basis.shape[1])
+        self.basis[:, :len(square)] = direction * (square > ROUNDING * len(tokens))
+        self.basis /= self(tokens).square().mean().sqrt()
 
 
 # ---- the model

@@ -160,7 +160,6 @@ def test_text_features_are_found_again_to_the_bit_wherever_memory_lies():
         module = TfidfSVD(300, 64)
         module.fit(tokens.clone())
         found.append(module(tokens))
-        assert (module.basis.abs().amax(0) == module.basis.amax(0)).all()           # the largest entry is positive
     assert all(torch.equal(x, found[0]) for x in found)
 
 

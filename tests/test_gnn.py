@@ -1,8 +1,10 @@
 """gnn.py against dense matrices, loops and planted tastes. In most, U = 6 users and I = 8 items; user 3 likes
 all items but one, user 4 nothing, user 5 everything."""
 import math
+from collections import Counter
 
 import bench_gnn
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gnn
-from gnn import GNNConfig, ModalGNN, build_graph, ranking_metrics
+from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, Whitening, build_graph, ranking_metrics
 
 PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6)]         # (0, 1) is there twice
 PAIRS += [(3, i) for i in range(7)] + [(5, i) for i in range(8)]
@@ -227,6 +229,171 @@ def test_triplets_need_somebody_with_a_preference():
     for pairs in (everything, nothing):
         with pytest.raises(ValueError, match="none of 2 users likes some but not all of the 3 items"):
             gnn.sample_triplets(build_graph(*pairs.T, 2, 3), 4)
+
+
+# ---- features
+
+def test_top_directions_are_eigenvectors_of_the_largest_eigenvalues():
+    turn = torch.linalg.qr(normal(5, 5)).Q
+    gram = turn @ torch.tensor([3.0, 7.0, 1.0, 5.0, 2.0]).double().diag() @ turn.T
+    value, direction = gnn.top_directions(gram, 3)
+    assert_close(value, torch.tensor([7.0, 5.0, 3.0]).double())
+    assert_close((direction.T @ turn).abs(), torch.eye(5).double()[[1, 3, 0]], atol=1e-9, rtol=0)
+    assert gnn.top_directions(gram, 9)[1].shape == (5, 5)
+
+
+def components(x, new, n):
+    """n whitened principal components of x (rows are observations) and of new, by numpy's svd."""
+    _, value, direction = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    return [(rows - x.mean(0)) @ direction[:n].T / value[:n] * len(x) ** 0.5 for rows in (x, new)]
+
+
+def signs(found, wanted):
+    """+-1 for each column: eigenvectors have no sign of their own."""
+    return np.sign((found * wanted).sum(0))
+
+
+def test_whitening_gives_principal_components_of_variance_1():
+    x, new = (normal(n, 6, seed=n) @ normal(6, 6) + 2 for n in (20, 5))
+    module = Whitening(6, 4).double()
+    module.fit(x)
+    known, unknown = components(x.numpy(), new.numpy(), 4)
+    sign = signs(module(x).numpy(), known)
+    np.testing.assert_allclose(module(x).numpy() * sign, known, atol=1e-9)
+    np.testing.assert_allclose(module(new).numpy() * sign, unknown, atol=1e-9)
+    module.fit(new)                                                 # nothing is left of before
+    known, _ = components(new.numpy(), x.numpy(), 4)
+    np.testing.assert_allclose(module(new).abs(), np.abs(known), atol=1e-9)
+
+
+def test_whitening_gives_0_where_nothing_varies_and_beyond_the_width():
+    module = Whitening(3, 5)
+    module.fit(torch.zeros(4, 3))
+    assert torch.equal(module(torch.ones(2, 3)), torch.zeros(2, 5))
+    line = normal(30, 1, seed=1).float() * torch.tensor([1.0, 2.0, -1.0]) + 0.7
+    module.fit(line)
+    variance = module(line).square().mean(0)
+    assert_close(variance, torch.tensor([1.0, 0, 0, 0, 0]), atol=1e-3, rtol=0)
+    assert module(normal(4, 3).float()).isfinite().all()
+
+
+@pytest.mark.parametrize("share, kept", [(0.5, False), (2.0, True)])
+def test_whitening_takes_a_10_billionth_of_the_mean_square_for_rounding(share, kept):
+    """Columns of mean 0, orthogonal, of variance 1, 0 and `share` times that."""
+    one, two = torch.tensor([1.0, 1, -1, -1]).double(), torch.tensor([1.0, -1, 1, -1]).double()
+    x = torch.stack([one, 0 * one, 0 * one, (share * 1e-10) ** 0.5 * two], dim=1)
+    module = Whitening(4, 2).double()
+    module.fit(x)
+    size = module(x).abs().mean(0)
+    assert_close(size, torch.tensor([1.0, float(kept)]).double(), atol=1e-3, rtol=0)
+
+
+def local_features(latents, module):
+    """Filter by filter and place by place: the mean of relu over all 2 x 2 windows."""
+    x, filters, bias = (t.double().numpy() for t in (latents, module.filters, module.bias))
+    places = range(x.shape[2] - 1)
+    return np.stack([
+        np.mean([np.maximum(0, (x[:, :, r:r + 2, c:c + 2] * f).sum((1, 2, 3)) + b)
+                 for r in places for c in places], axis=0) for f, b in zip(filters, bias)], axis=1)
+
+
+def test_image_features_are_two_whitened_halves():
+    items, new = (torch.randn(n, 3, 4, 4, generator=seeded(n)) for n in (60, 5))
+    module = LatentPCA(3, 4, 9, n_filters=20)
+    module.fit(items)
+    assert module(new).shape == (5, 9)
+    np.testing.assert_allclose(module.pool(new), local_features(new, module), atol=1e-5)
+    halves = [(lambda x: x.flatten(1).double().numpy(), slice(0, 4)),
+              (lambda x: local_features(x, module), slice(4, 9))]
+    for part, columns in halves:
+        known, unknown = components(part(items), part(new), columns.stop - columns.start)
+        sign = signs(module(items)[:, columns].numpy(), known)
+        np.testing.assert_allclose(module(items)[:, columns].numpy() * sign, known, atol=2e-3)
+        np.testing.assert_allclose(module(new)[:, columns].numpy() * sign, unknown, atol=2e-3)
+
+
+def test_local_filters_are_fixed_and_answer_with_variance_1():
+    one, two = LatentPCA(4, 4, 6), LatentPCA(4, 4, 6)
+    assert torch.equal(one.filters, two.filters) and torch.equal(one.bias, two.bias)
+    assert one.filters.shape == (512, 4, 2, 2)
+    assert one.filters.square().sum((1, 2, 3)).mean() == pytest.approx(1, abs=0.06)     # 5 sigma
+    assert one.bias.std() == pytest.approx(1, abs=0.15)
+
+
+def test_many_images_and_texts_are_worked_on_in_batches(monkeypatch):
+    images, tokens = LatentPCA(2, 3, 6, n_filters=5), TfidfSVD(40, 6)
+    latents = torch.randn(9, 2, 3, 3, generator=seeded())
+    texts = torch.randint(3, 40, (9, 7), generator=seeded())
+    found = []
+    for batch in (100, 4):
+        monkeypatch.setattr(gnn, "BATCH", batch)
+        images.fit(latents), tokens.fit(texts)
+        found.append(torch.cat([images(latents), tokens(texts)], dim=1).abs())
+    assert_close(*found, atol=1e-4, rtol=0)
+
+
+TEXTS = [[5, 6], [5, 7, 6, 8, 5, 9], [10, 9, 10, 9, 10, 9], [11, 12, 13], [5, 13, 14, 15],
+         [6, 14, 15], [8, 8, 8, 8, 5]]
+
+
+def padded(texts, width=9):
+    """Token ids with begin (1) and end (2) of a text, filled up with padding (0)."""
+    return torch.tensor([[1, *text, 2] + [0] * (width - 2 - len(text)) for text in texts])
+
+
+def slow_tfidf(texts, catalogue, n_words):
+    """(texts, words) TF-IDF by dictionaries."""
+    df = Counter(word for text in catalogue for word in set(text))
+    rows = np.zeros((len(texts), n_words))
+    for row, text in zip(rows, texts):
+        for word, n in Counter(text).items():
+            row[word] = (1 + math.log(n)) * (math.log((1 + len(catalogue)) / (1 + df[word])) + 1)
+        row /= max(math.sqrt((row ** 2).sum()), 1e-12)
+    return rows
+
+
+def test_text_features_are_a_truncated_svd_of_tfidf_by_dictionaries():
+    module = TfidfSVD(20, 4)
+    module.fit(padded(TEXTS))
+    new = [[6, 6, 6, 5, 8], [14], [19, 18, 17], [5, 13, 19], []]    # the third: nothing is known
+    known, unknown = (slow_tfidf(texts, TEXTS, 20) for texts in (TEXTS, new))
+    _, _, direction = np.linalg.svd(known, full_matrices=False)
+    direction = direction[:4].T / np.square(known @ direction[:4].T).mean() ** 0.5
+    sign = signs(module(padded(TEXTS)).numpy(), known @ direction)
+    for texts, rows in ((TEXTS, known), (new, unknown)):
+        np.testing.assert_allclose(module.tfidf(padded(texts)), rows, atol=1e-6)
+        found = module(padded(texts)).numpy()
+        np.testing.assert_allclose(found * sign, rows @ direction, atol=1e-4)
+    assert module(padded(new))[1].abs().max() > 0.1 and module(padded(new))[4].abs().max() == 0
+
+
+def test_text_features_beyond_what_the_texts_span_are_0():
+    """Seven texts span seven directions of the 20; what is new in a text lies in none of them."""
+    module = TfidfSVD(20, 30)
+    module.fit(padded(TEXTS))
+    rank = np.linalg.matrix_rank(slow_tfidf(TEXTS, TEXTS, 20))
+    known, unknown = module(padded(TEXTS)), module(padded([[19, 18], [17]]))
+    assert (known.abs().amax(0) > 1e-3).tolist() == [True] * rank + [False] * (30 - rank)
+    assert unknown.abs().max() < 1e-4
+
+
+def test_special_tokens_are_no_words():
+    module = TfidfSVD(20, 3)
+    module.fit(padded(TEXTS))
+    assert torch.equal(module.tfidf(padded([[7, 9, 9]])), module.tfidf(torch.tensor([[7, 9, 9]])))
+    assert module.tfidf(padded([[]])).abs().sum() == 0
+    assert module.idf[3:].min() > 0
+
+
+def test_text_features_have_mean_square_1_and_the_same_bits_each_time():
+    tokens, found, kept = torch.randint(3, 200, (300, 30), generator=seeded()), [], []
+    for n in range(3):
+        kept.append(np.zeros(999 + 1001 * n, np.uint8))     # moves what is allocated next
+        module = TfidfSVD(300, 64)
+        module.fit(tokens.clone())
+        found.append(module(tokens))
+    assert all(torch.equal(x, found[0]) for x in found)
+    assert found[0].square().mean() == pytest.approx(1, rel=1e-5)
 
 
 # ---- model
