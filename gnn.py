@@ -1,18 +1,18 @@
-"""Modal-specific graph network: interactions -> one preference per user and modality (DPPMG stage 1).
-    x_u^0 = e_u        x_i^0 = W f_i                                   ModalGNN
-    x^(k+1) = D^-1/2 A D^-1/2 x^k        p = mean_k x^k                build_graph, spmm, propagate
-    loss = -log sigmoid(score(u, pos) - score(u, neg))                 sample_triplets, bpr_loss
-Sources: LightGCN (arXiv 2002.02126v4) for the graph; FREEDOM (arXiv 2211.06924) for one BPR term a modality.
-Shapes: U users, I items, N = U+I nodes, E edges (interactions), D width, F features, M modalities, B batch,
-C candidates (sampling) or chunk of users (ranking)."""
-from __future__ import annotations
+"""Modal-specific graph network: interactions -> a preference per user and modality (stage 1).
+
+    x_u^0 = e_u        x_i^0 = W f_i                        ModalGNN
+    x^(k+1) = S x^k    S = D^-1/2 A D^-1/2                  build_graph, spmm
+    p = mean of x^0, ..., x^L                               propagate
+    loss = -log sigmoid(score(u, pos) - score(u, neg))      sample_triplets, bpr_loss
+
+Sources: LightGCN (arXiv 2002.02126v4) for the graph, FREEDOM (arXiv 2211.06924) for one BPR term a
+modality. Shapes: U users, I items, N = U + I nodes, E edges (interactions), D width, F features,
+M modalities, L layers, V words, B batch, C users ranked at once, H interactions of some users."""
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -23,66 +23,64 @@ class GNNConfig:
     dim: int = 64         # D, width of an embedding and of a preference
     layers: int = 2       # L, products with the graph (2002.02126v4 has 1 to 4)
     lr: float = 0.003     # step size of Adam
-    l2: float = 1e-3      # weight of a triplet's squared layer-0 embeddings (2002.02126v4, eq. 15: 1e-4)
+    l2: float = 1e-3      # weight of a triplet's squared layer-0 embeddings (2002.02126v4: 1e-4)
     batch: int = 2048     # triplets (user, liked item, other item) a step
     steps: int = 200      # optimizer steps
 
 
-# -------------------------------------------------------------------------- the graph and its product
+# ---- the graph and its product
 
 class Graph(NamedTuple):
-    """Symmetric-normalized adjacency of users 0..U-1 and items U..N-1 in CSR, and what sampling needs."""
-    row_ptr: Tensor     # (N+1,) int: the neighbours of node n are col[row_ptr[n]:row_ptr[n+1]]
-    col: Tensor         # (2E,)  int, ascending within a row; the first E are U + the users' items
-    weight: Tensor      # (2E,)  float: (degree(n) degree(neighbour))^-1/2
-    skip_key: Tensor    # (E,)   int64 ascending: u (I+1) + (p_j - j) for the j-th (from 0) item p_j of user u
-    active: Tensor      # (<=U,) int64: users with an item they like and an item they do not
+    """Users 0..U-1 and items U..N-1 are the nodes; S = D^-1/2 A D^-1/2 has two entries for each
+    interaction, sorted by row, then by column. The users' rows come first."""
+    row_ptr: Tensor   # (N+1,) node n has the entries row_ptr[n], ..., row_ptr[n+1] - 1
+    row: Tensor       # (2E,) a node
+    col: Tensor       # (2E,) its neighbour
+    weight: Tensor    # (2E,) (degree(row) degree(col))^-1/2
+    skip_key: Tensor  # (E,) ascending, see sample_negatives
+    active: Tensor    # (at most U,) users with an item they like and an item they do not
     n_users: int
     n_items: int
+    matrix: Tensor | None = None    # on CUDA: S again, as a sparse CSR matrix of torch
 
-    def to(self, device: torch.device | str) -> Graph:
-        """The same graph, its tensors on `device`."""
-        return Graph(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+    def to(self, device: torch.device | str) -> "Graph":
+        """The same graph on `device`; on CUDA with the matrix that every product there takes."""
+        graph = Graph(*(x.to(device) if isinstance(x, Tensor) else x for x in self[:-1]))
+        return graph._replace(matrix=graph.csr()) if graph.col.is_cuda else graph
 
+    def csr(self) -> Tensor:
+        """S as a sparse CSR matrix (N, N) of torch, in the same memory."""
+        parts, n = (self.row_ptr, self.col, self.weight), len(self.row_ptr) - 1
+        return torch.sparse_csr_tensor(*parts, (n, n), check_invariants=False)
 
-def symmetric_csr(matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """scipy sparse (N, N) -> row_ptr (N+1,), col (nnz,) ascending within a row, weight (nnz,) float32.
-    Indices are int32 where they fit: a product reads one per edge, and is a third faster for it.
-    Raises ValueError unless the matrix equals its transpose, which the backward pass of spmm relies on."""
-    csr = scipy.sparse.csr_array(matrix).astype(np.float32)
-    csr.sum_duplicates()                                    # sorts the rows as well
-    mirror, parts = csr.T.tocsr(), ("indptr", "indices", "data")
-    if csr.shape != mirror.shape or any((getattr(csr, p) != getattr(mirror, p)).any() for p in parts):
-        raise ValueError(f"symmetric_csr: this {csr.shape[0]} x {csr.shape[1]} matrix differs from its "
-                         "transpose, so spmm's gradient would be wrong; normalize as D^-1/2 A D^-1/2")
-    index = np.int32 if max(csr.nnz, *csr.shape) < 2**31 else np.int64
-    return (torch.from_numpy(csr.indptr.astype(index)), torch.from_numpy(csr.indices.astype(index)),
-            torch.from_numpy(csr.data))
+    def pairs(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Interactions of the users low, ..., high - 1: (user - low, item), (H,) each."""
+        entries = slice(self.row_ptr[low], self.row_ptr[high])
+        return self.row[entries] - low, self.col[entries] - self.n_users
 
 
 def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph:
-    """Interactions -> Graph of D^-1/2 A D^-1/2 with A = [[0, R], [R^T, 0]] (2002.02126v4, eq. 6 and 7).
-    user, item (E,) integers in [0, n_users) and [0, n_items); repeated pairs count once; a node may have no
-    edge. Made once, on the CPU; move it with .to(). Raises ValueError for unequal lengths and unknown ids."""
-    user, item = (torch.as_tensor(ids).long().cpu().numpy() for ids in (user, item))
+    """Interactions -> graph: S = D^-1/2 A D^-1/2, A = [[0, R], [R^T, 0]] (2002.02126v4, eq. 6, 7).
+    user, item (E,) integers in [0, n_users) and [0, n_items); repeated pairs count once, and a node
+    may have no edge. The graph lies on the CPU; move it with .to().
+    Raises ValueError for unequal lengths and for ids out of range."""
     if user.shape != item.shape or user.ndim != 1:
-        raise ValueError(f"build_graph: user is {user.shape} but item is {item.shape}; need (E,) and (E,)")
+        raise ValueError(f"build_graph: need (E,), not {tuple(user.shape)}, {tuple(item.shape)}")
     for name, ids, n in (("user", user, n_users), ("item", item, n_items)):
-        if ids.size and (ids.min() < 0 or ids.max() >= n):
-            raise ValueError(f"build_graph: {name} ids lie in [{ids.min()}, {ids.max()}]; need 0 <= id < {n}")
-    n = n_users + n_items
-    ones = np.ones(user.size, np.float32)
-    likes = scipy.sparse.coo_array((ones, (user, n_users + item)), shape=(n, n)).tocsr()
-    adj = (likes + likes.T).tocoo()                         # tocsr() has merged repeated pairs
-    scale = 1 / np.sqrt(np.maximum(np.bincount(adj.row, minlength=n), 1))       # (N,) degree^-1/2
-    adj.data = scale[adj.row] * scale[adj.col]
-    row_ptr, col, weight = symmetric_csr(adj)
-    degree = row_ptr[:n_users + 1].long().diff()                                # (U,)
-    owner = torch.arange(n_users).repeat_interleave(degree)                     # (E,) user of each edge
-    nth = torch.arange(len(owner)) - row_ptr[owner]                             # (E,) j of a user's j-th item
-    skip_key = owner * (n_items + 1) + (col[:len(owner)] - n_users - nth)       # (E,)
-    active = torch.nonzero((degree > 0) & (degree < n_items)).squeeze(1)
-    return Graph(row_ptr, col, weight, skip_key, active, n_users, n_items)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < n:
+            raise ValueError(f"build_graph: {name}s {ids.min()} to {ids.max()}, need 0 to {n - 1}")
+    n_nodes = n_users + n_items
+    user, item = user.long().cpu(), n_users + item.long().cpu()     # as nodes
+    edges = torch.cat([user * n_nodes + item, item * n_nodes + user]).unique()  # sorted
+    row, col = edges // n_nodes, edges % n_nodes                    # (2E,)
+    degree = row.bincount(minlength=n_nodes)                        # (N,)
+    weight = (degree[row] * degree[col]).rsqrt()                    # (2E,)
+    row_ptr = F.pad(degree.cumsum(0), (1, 0))                       # (N+1,)
+    nth = torch.arange(len(row)) - row_ptr[row]                     # col is row's nth neighbour
+    skip_key = (row * n_items + col - n_users - nth).chunk(2)[0]    # (E,) of the users
+    n_liked = degree[:n_users]
+    active = ((n_liked > 0) & (n_liked < n_items)).nonzero()[:, 0]
+    return Graph(row_ptr, row, col, weight, skip_key, active, n_users, n_items)
 
 
 def _bag_product(graph: Graph, x: Tensor) -> Tensor:
@@ -92,105 +90,100 @@ def _bag_product(graph: Graph, x: Tensor) -> Tensor:
 
 
 def _csr_product(graph: Graph, x: Tensor) -> Tensor:
-    """The vendor's sparse product (cuSPARSE on its GPUs)."""
-    n = len(graph.row_ptr) - 1
-    weight = graph.weight.to(x.dtype)
-    return torch.sparse_csr_tensor(graph.row_ptr, graph.col, weight, (n, n), check_invariants=False) @ x
+    """The vendor's sparse product."""
+    return graph.matrix.to(x.dtype) @ x
 
 
 def _index_add_product(graph: Graph, x: Tensor) -> Tensor:
     """One message per edge, added up at its node: slow, but every device can."""
-    row = torch.repeat_interleave(graph.row_ptr.diff(), output_size=len(graph.col))              # (2E,)
-    return torch.zeros_like(x).index_add_(0, row, graph.weight.to(x.dtype)[:, None] * x[graph.col])
+    message = graph.weight.to(x.dtype)[:, None] * x[graph.col]          # (2E, D)
+    return torch.zeros_like(x).index_add_(0, graph.row, message)
 
 
-_PRODUCT = {"cpu": _bag_product, "meta": _bag_product, "mps": _index_add_product}   # else _csr_product
+# other devices: _index_add_product
+_PRODUCT = {"cpu": _bag_product, "meta": _bag_product, "cuda": _csr_product}
 
 
 class _SymmetricMap(torch.autograd.Function):
-    """y = S x with S = S^T, so dL/dx = S^T dL/dy is the same map: no transposition, nothing to save."""
+    """y = S x with S = S^T, so dL/dx = S^T dL/dy is the same map: no transpose, nothing to save."""
 
     @staticmethod
     def forward(ctx, x, apply_map):
         """x (N, D), apply_map: x -> S x."""
         ctx.apply_map = apply_map
-        return apply_map(x.detach())                # detached: embedding_bag then keeps no books of its own
+        return apply_map(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """dL/dy (N, D) -> dL/dx (N, D), by the same map."""
-        return ctx.apply_map(grad.contiguous()), None
-
-
-def _check_rows(graph: Graph, x: Tensor) -> None:
-    """ValueError unless x has one row per node."""
-    if x.ndim != 2 or len(x) != len(graph.row_ptr) - 1:
-        raise ValueError(f"spmm: x is {tuple(x.shape)} but the graph has {len(graph.row_ptr) - 1} nodes "
-                         f"({graph.n_users} users + {graph.n_items} items); give one row per node")
+        """dL/dy (N, D) -> dL/dx (N, D); apply_map has no gradient."""
+        return ctx.apply_map(grad), None
 
 
 def spmm(graph: Graph, x: Tensor) -> Tensor:
-    """D^-1/2 A D^-1/2 x: x (N, D) -> (N, D) of x's dtype, differentiable (once) in x (2002.02126v4, eq. 7).
-    Time grows with edges x D, memory with nodes x D. Raises ValueError unless x has one row per node."""
-    _check_rows(graph, x)
-    product = _PRODUCT.get(x.device.type, _csr_product)
+    """S x: x (N, D) -> (N, D) of x's dtype, differentiable in x (2002.02126v4, eq. 7).
+    Raises ValueError unless x has one row per node."""
+    n_nodes = graph.n_users + graph.n_items
+    if x.ndim != 2 or len(x) != n_nodes:
+        raise ValueError(f"spmm: x is {tuple(x.shape)}; give each of the {n_nodes} nodes a row")
+    product = _PRODUCT.get(x.device.type, _index_add_product)
     return _SymmetricMap.apply(x, lambda x: product(graph, x))
 
 
-def _mean_of_layers(graph: Graph, x: Tensor, layers: int) -> Tensor:
-    """1/(layers+1) sum_k S^k x in x's dtype: (N, D) -> (N, D)."""
-    total = x.clone()
-    for _ in range(layers):
-        x = spmm(graph, x)                          # (N, D)
-        total += x
-    return total.div_(layers + 1)
-
-
 def propagate(graph: Graph, x0: Tensor, layers: int) -> Tensor:
-    """Layer-0 embeddings (N, D) -> (N, D), the mean of layers 0..layers, x^(k+1) = spmm(x^k) (2002.02126v4,
-    eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only x0 is learnt.
-    A mean of powers of a symmetric matrix is symmetric: the whole propagation is its own backward pass.
-    Raises ValueError as spmm does."""
-    return _SymmetricMap.apply(x0, lambda x: _mean_of_layers(graph, x, layers))
+    """Layer-0 embeddings (N, D) -> the mean (N, D) of layers 0, ..., `layers`, x^(k+1) = S x^k
+    (2002.02126v4, eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only
+    x0 is learnt. Raises ValueError as spmm does."""
+    x, total = x0, x0
+    for _ in range(layers):
+        x = spmm(graph, x)
+        total = total + x
+    return total / (layers + 1)
 
 
-# -------------------------------------------------------------------- what is learnt: liked above other
+# ---- what is learnt: liked above other
 
 def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
-    """Mean of -log sigmoid(pos - neg), any shape -> () nats (BPR, arXiv 1205.2618); ln 2 is no preference."""
+    """Mean of -log sigmoid(pos - neg) (BPR, arXiv 1205.2618): scores of any shape -> () nats.
+    Equal scores give ln 2."""
     return F.softplus(neg_score - pos_score).mean()
 
 
-def sample_negatives(graph: Graph, user: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One item for each entry of user (any shape, int64) -> the same shape, int64: uniform over the items the
-    user has not; exact, without rejection. Of those, the r-th (from 0) is r + #{j : p_j - j <= r}, where
-    p_0 < p_1 < ... are the user's items; all users' p_j - j lie in one ascending vector, so one searchsorted
-    counts them. A user who has every item gets n_items, which is no item and an error as an index;
-    sample_triplets draws no such user."""
-    start = graph.row_ptr[user].long()                                          # (B,) edges of earlier users
-    n_free = graph.n_items - (graph.row_ptr[user + 1] - start)                  # (B,)
-    r = torch.randint(2**62, user.shape, generator=generator, device=user.device) % n_free.clamp(min=1)
-    return r + torch.searchsorted(graph.skip_key, user * (graph.n_items + 1) + r, right=True) - start
+def draw_below(bound: Tensor, generator: Generator | None = None) -> Tensor:
+    """A uniform random integer in [0, bound) for each entry of bound (any shape, > 0): int64."""
+    # as good as uniform, because 2^62 dwarfs every bound
+    return torch.randint(2**62, bound.shape, generator=generator, device=bound.device) % bound
 
 
-def sample_positives(graph: Graph, user: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One of each user's items, uniform: user (B,) int64, users who have an item -> (B,) int64."""
-    start = graph.row_ptr[user].long()                                          # (B,)
-    r = torch.randint(2**62, user.shape, generator=generator, device=user.device)
-    return graph.col[start + r % (graph.row_ptr[user + 1] - start)].long() - graph.n_users
+def sample_positives(graph: Graph, user: Tensor, generator: Generator | None = None) -> Tensor:
+    """One of the items that each user has, uniform.
+    user: any shape, int64, users who have an item -> items, the same shape, int64."""
+    start, end = graph.row_ptr[user], graph.row_ptr[user + 1]
+    return graph.col[start + draw_below(end - start, generator)] - graph.n_users
 
 
-def sample_triplets(graph: Graph, n: int, generator: torch.Generator | None = None):
-    """n triplets (user, pos, neg), (n,) int64 each. The user is uniform (recall is a mean over users, so each
-    counts the same), pos uniform over the user's items, neg over the others. Users without an item, or with
-    all of them, are left out. Ascending by user: neighbouring look-ups then share cache lines, which makes
-    them three times faster. Raises ValueError if nobody is left."""
+def sample_negatives(graph: Graph, user: Tensor, generator: Generator | None = None) -> Tensor:
+    """One of the items that each user lacks, uniform: exact, and without drawing twice.
+    user: any shape, int64, users who lack an item -> items, the same shape, int64.
+
+    Let p_0 < p_1 < ... be the items that a user has. Before p_j lie p_j - j items that the user
+    lacks, so the r-th of these (from 0) is the item r + #{j : p_j - j <= r}. For example, of the
+    items 0, ..., 4 a user has 1 and 3. Then p_j - j is 1 and 2, and r = 0, 1, 2 gives the items
+    0, 1 + 1 = 2 and 2 + 2 = 4. The graph's skip_key holds u I + p_j - j of all users u, ascending,
+    so that one binary search counts for all."""
+    start, end = graph.row_ptr[user], graph.row_ptr[user + 1]
+    r = draw_below(graph.n_items - (end - start), generator)
+    before = torch.searchsorted(graph.skip_key, user * graph.n_items + r, right=True)
+    return r + before - start       # `start` keys are earlier users'
+
+
+def sample_triplets(graph: Graph, n: int, generator: Generator | None = None):
+    """n triplets (user, pos, neg), (n,) int64 each: a uniform user (recall is a mean over users, so
+    each counts the same), one of the items that the user has, and one of those that the user lacks.
+    Users without an item or with all of them are left out. Raises ValueError if nobody is left."""
     if not len(graph.active):
-        raise ValueError(f"sample_triplets: none of {graph.n_users} users likes some but not all of the "
-                         f"{graph.n_items} items: there is nothing to rank; give more items or interactions")
-    draw = torch.randint(2**62, (n,), generator=generator, device=graph.active.device)
-    user = graph.active[(draw % len(graph.active)).sort().values]               # (n,)
+        raise ValueError(f"sample_triplets: no user of {graph.n_users} likes some items, not all")
+    bound = graph.active.new_full((n,), len(graph.active))
+    user = graph.active[draw_below(bound, generator)]
     return user, sample_positives(graph, user, generator), sample_negatives(graph, user, generator)
 
 
@@ -370,7 +363,7 @@ class ModalGNN(nn.Module):
             p = 1/(L+1) sum_{i in history} (|history| (degree_i + 1))^-1/2 sum_{k<L} x_i^k,
         where the + 1 is the person, who likes i, too. Without a history p = 0."""
         history = build_graph(user, item, n_new, graph.n_items).to(graph.col.device)
-        person, liked = _pairs(history, torch.arange(n_new, device=graph.col.device))   # (H,)
+        person, liked = history.pairs(0, n_new)                         # (H,)
         n_liked = history.row_ptr.diff()[person]
         n_likers = 1 + graph.row_ptr.diff()[graph.n_users + liked]
         layers = self.cfg.layers

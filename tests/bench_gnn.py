@@ -84,18 +84,14 @@ def forward_backward(product, x: torch.Tensor) -> None:
 
 
 def coo(graph: gnn.Graph) -> Tensor:
-    return csr(graph).to_sparse_coo().coalesce()
-
-
-def csr(graph: gnn.Graph) -> Tensor:
-    n = len(graph.row_ptr) - 1
-    return torch.sparse_csr_tensor(graph.row_ptr.long(), graph.col.long(), graph.weight, (n, n))
+    return graph.csr().to_sparse_coo().coalesce()
 
 
 def bench_spmm(args) -> None:
     graph = random_graph(args.interactions, args.users, args.items)
     x = torch.randn(args.users + args.items, args.dim, requires_grad=True)
-    matrices, fast = {"torch COO": coo(graph), "torch CSR": csr(graph)}, dict(gnn._PRODUCT)
+    graph = graph._replace(matrix=graph.csr())
+    matrices, fast = {"torch COO": coo(graph), "torch CSR": graph.matrix}, dict(gnn._PRODUCT)
     for name, matrix in matrices.items():
         seconds = best_of(lambda: forward_backward(lambda x: matrix @ x, x), 3)
         print(f"spmm {name:34s} {1e3 * seconds:8.1f} ms")

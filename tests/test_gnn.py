@@ -1,5 +1,5 @@
-"""gnn.py against dense matrices, loops and planted tastes. In most, U = 6 users and I = 8 items; user 3 likes
-all items but one, user 4 nothing, user 5 everything."""
+"""gnn.py against dense matrices, loops and planted tastes. In most, U = 6 users and I = 8 items;
+user 3 likes all items but one, user 4 nothing, user 5 everything."""
 import math
 from collections import Counter
 
@@ -7,14 +7,14 @@ import bench_gnn
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gnn
 from gnn import GNNConfig, LatentPCA, ModalGNN, TfidfSVD, Whitening, build_graph, ranking_metrics
 
-PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6)]         # (0, 1) is there twice
+PAIRS = [(0, 1), (0, 4), (0, 1), (1, 0), (1, 1), (1, 2), (2, 6)]     # (0, 1) is there twice
 PAIRS += [(3, i) for i in range(7)] + [(5, i) for i in range(8)]
 U, I = 6, 8
 
@@ -27,6 +27,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
+def liked(user):
+    return sorted({i for u, i in PAIRS if u == user})
+
+
 @pytest.fixture
 def graph():
     return build_graph(*torch.tensor(PAIRS).T, U, I)
@@ -37,12 +41,9 @@ def dense(graph):
     matrix = torch.zeros(len(graph.row_ptr) - 1, len(graph.row_ptr) - 1, dtype=torch.float64)
     for n in range(len(matrix)):
         for e in range(graph.row_ptr[n], graph.row_ptr[n + 1]):
+            assert graph.row[e] == n
             matrix[n, graph.col[e]] += graph.weight[e].double()
     return matrix
-
-
-def liked(user):
-    return sorted({i for u, i in PAIRS if u == user})
 
 
 def powers(graph, layers):
@@ -51,7 +52,7 @@ def powers(graph, layers):
     return sum(each) / (layers + 1)
 
 
-# ---------------------------------------------------------------- graph and product
+# ---- graph and product
 
 def test_graph_is_the_normalized_adjacency(graph):
     adj = torch.zeros(U + I, U + I, dtype=torch.float64)
@@ -65,66 +66,96 @@ def test_graph_is_the_normalized_adjacency(graph):
         assert row == sorted(row)
 
 
+@pytest.mark.parametrize("low, high", [(0, U), (0, 0), (1, 3), (3, 4), (4, 5), (5, 6)])
+def test_pairs_are_the_interactions_of_a_range_of_users(graph, low, high):
+    user, item = graph.pairs(low, high)
+    want = [(u - low, i) for u in range(low, high) for i in liked(u)]
+    assert list(zip(user.tolist(), item.tolist())) == want
+
+
 def test_graph_without_interactions_propagates_nothing():
     none = torch.empty(0, dtype=torch.int64)
     empty = build_graph(none, none, 3, 2)
     x = normal(5, 2)
     assert_close(gnn.spmm(empty, x), torch.zeros_like(x))
     assert_close(gnn.propagate(empty, x, 1), x / 2)
+    assert len(empty.active) == 0
 
 
 @pytest.mark.parametrize("user, item, message", [
-    ([0, 6], [0, 0], "user ids lie in .0, 6.; need 0 <= id < 6"), ([0, -1], [0, 0], "user ids lie in .-1, 0"),
-    ([0, 1], [0, 8], "item ids lie in .0, 8.; need 0 <= id < 8"), ([0, 1], [0, -2], "item ids lie in .-2, 0"),
-    ([0, 1], [0], r"user is \(2,\) but item is \(1,\)"), ([[0]], [[0]], r"need \(E,\) and \(E,\)")])
-def test_graph_rejects_ids_out_of_range(user, item, message):
+    ([0, 6], [0, 0], "users 0 to 6, need 0 to 5"), ([0, -1], [0, 0], "users -1 to 0, need 0 to 5"),
+    ([0, 1], [0, 8], "items 0 to 8, need 0 to 7"), ([0, 1], [0, -2], "items -2 to 0, need 0 to 7"),
+    ([0, 1], [0], r"need \(E,\), not \(2,\), \(1,\)"),
+    ([[0]], [[0]], r"need \(E,\), not \(1, 1\), \(1, 1\)")])
+def test_graph_rejects_ids_out_of_range_and_unequal_lengths(user, item, message):
     with pytest.raises(ValueError, match=message):
         build_graph(torch.tensor(user), torch.tensor(item), U, I)
 
 
-@pytest.mark.parametrize("matrix", [
-    [[0.0, 1.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]],
-    [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]])
-def test_symmetric_csr_rejects_what_differs_from_its_transpose(matrix):
-    with pytest.raises(ValueError, match="differs from its transpose"):
-        gnn.symmetric_csr(matrix)
+def test_neither_order_nor_width_of_the_integers_changes_the_graph(graph):
+    pairs = torch.tensor(PAIRS)[torch.randperm(len(PAIRS), generator=seeded())].int()
+    for part, other in zip(graph, build_graph(*pairs.T, U, I)):
+        same = torch.equal if isinstance(part, torch.Tensor) else lambda a, b: a == b
+        assert same(part, other)
 
 
-def test_symmetric_csr_accepts_and_orders_a_symmetric_matrix():
-    row_ptr, col, weight = gnn.symmetric_csr([[0.0, 0.0, 2.0], [0.0, 3.0, 0.0], [2.0, 0.0, 0.0]])
-    assert (row_ptr.tolist(), col.tolist(), weight.tolist()) == ([0, 1, 2, 3], [2, 1, 0], [2.0, 3.0, 2.0])
+PRODUCTS = ["_bag_product", "_csr_product", "_index_add_product"]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("product", ["_bag_product", "_csr_product", "_index_add_product"])
-def test_each_product_matches_dense_by_value_and_gradient(graph, product, monkeypatch):
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_each_product_matches_dense_by_value_and_gradient(product, index, monkeypatch):
+    graph = build_graph(*torch.tensor(PAIRS).T, U, I + 2)           # two items that nobody likes
+    parts = {name: getattr(graph, name).to(index) for name in ("row_ptr", "row", "col")}
+    graph = graph._replace(**parts)
+    graph = graph._replace(matrix=graph.csr())
     monkeypatch.setitem(gnn._PRODUCT, "cpu", getattr(gnn, product))
-    x, up = normal(U + I, 3).requires_grad_(), normal(U + I, 3, seed=1)
+    x, up = normal(U + I + 2, 3).requires_grad_(), normal(U + I + 2, 3, seed=1)
     y = gnn.spmm(graph, x)
     y.backward(up)
     assert_close(y, dense(graph) @ x)
     assert_close(x.grad, dense(graph).T @ up)
     assert gradcheck(lambda x: gnn.spmm(graph, x), (x,))
+    assert gradgradcheck(lambda x: gnn.spmm(graph, x), (x,))
     strided = x.detach().T.contiguous().requires_grad_()
     assert gradcheck(lambda x: gnn.spmm(graph, x.T), (strided,))
+    y = gnn.spmm(graph, x.float())
+    assert y.dtype == torch.float32
+    y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_the_sparse_matrix_is_the_graph_and_lives_on_cuda_alone(graph):
+    wider = build_graph(*torch.tensor(PAIRS).T, U, I + 2)
+    assert_close(wider.csr().to_dense().double(), dense(wider))
+    assert wider.csr().values().data_ptr() == wider.weight.data_ptr()       # no copy
+    assert wider.to("cpu").matrix is None and wider.to("meta").matrix is None
+    assert wider.to("meta").col.is_meta and wider.to("meta").n_items == I + 2
+
+
+def test_devices_without_a_product_of_their_own_add_messages(graph, monkeypatch):
+    monkeypatch.delitem(gnn._PRODUCT, "cpu")
+    x = normal(U + I, 3)
+    assert_close(gnn.spmm(graph, x), dense(graph) @ x)
+
+
+@pytest.mark.parametrize("shape", [(13, 2), (15, 2), (14,), (14, 2, 1)])
+def test_spmm_names_both_sizes(graph, shape):
+    with pytest.raises(ValueError, match=r"x is \(.*\); give each of the 14 nodes a row"):
+        gnn.spmm(graph, torch.zeros(shape))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_propagate_is_the_mean_of_matrix_powers(graph, layers):
     x, up = normal(U + I, 3).requires_grad_(), normal(U + I, 3, seed=1)
-    powers = sum(torch.linalg.matrix_power(dense(graph), k) for k in range(layers + 1)) / (layers + 1)
     before = x.detach().clone()
     y = gnn.propagate(graph, x, layers)
     y.backward(up)
-    assert_close(y, powers @ x)
-    assert_close(x.grad, powers.T @ up)
+    assert_close(y, powers(graph, layers) @ x)
+    assert_close(x.grad, powers(graph, layers).T @ up)
     assert gradcheck(lambda x: gnn.propagate(graph, x, layers), (x,))
     assert torch.equal(x, before)
-
-
-def test_spmm_names_both_sizes(graph):
-    with pytest.raises(ValueError, match=r"x is \(13, 2\) but the graph has 14 nodes \(6 users \+ 8 items\)"):
-        gnn.spmm(graph, torch.zeros(13, 2))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -141,14 +172,15 @@ class LargestTensor(TorchDispatchMode):
 
 def test_propagation_holds_no_message_per_edge():
     n, width = 60, 16
-    graph = build_graph(*torch.cartesian_prod(torch.arange(n), torch.arange(n)).T, n, n)  # 7,200 entries
+    every = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+    graph = build_graph(*every.T, n, n)                             # 7,200 entries
     x = torch.randn(2 * n, width, generator=seeded()).requires_grad_()
     with LargestTensor() as largest:
         gnn.propagate(graph, x, 2).sum().backward()
-    assert largest.numel <= max(len(graph.col), 2 * n * width)       # a message per edge would be 7,200 x 16
+    assert largest.numel <= max(len(graph.col), 2 * n * width)      # messages: 7,200 x 16
 
 
-# ---------------------------------------------------------------- BPR and sampling
+# ---- BPR and sampling
 
 def test_bpr_loss_is_minus_log_sigmoid_without_overflow():
     pos, neg = normal(50).requires_grad_(), normal(50, seed=1)
@@ -158,65 +190,81 @@ def test_bpr_loss_is_minus_log_sigmoid_without_overflow():
     assert_close(hopeless, torch.tensor((math.log(2) + 1e4) / 2))
 
 
+def uniform_over(drawn, items):
+    """Whether the integers drawn are the items, each as often as any other within 5 sigma."""
+    count, share = Counter(drawn.tolist()), 1 / len(items)
+    sigma = math.sqrt(len(drawn) * share * (1 - share))
+    return set(count) <= set(items) and all(
+        abs(count[i] - len(drawn) * share) <= 5 * sigma for i in items)
+
+
+@pytest.mark.parametrize("bound", [1, 2, 7, 1000, 2**40])
+def test_drawn_integers_are_uniform_below_their_bound(bound):
+    drawn = gnn.draw_below(torch.full((100, 200), bound), seeded())
+    assert drawn.shape == (100, 200) and drawn.dtype == torch.int64
+    parts = min(bound, 10)                                          # equal parts of the range
+    assert uniform_over(drawn.flatten() * parts // bound, range(parts))
+
+
+def test_each_entry_has_its_own_bound():
+    drawn = gnn.draw_below(torch.tensor([1, 3, 10]).expand(400, 3), seeded())
+    assert [set(column.tolist()) for column in drawn.T] == [{0}, {0, 1, 2}, set(range(10))]
+
+
+def every_draw(monkeypatch):
+    """The n-th entry of a draw is n, where the bound allows it."""
+    monkeypatch.setattr(gnn, "draw_below", lambda bound, _: torch.arange(len(bound)) % bound)
+
+
+def test_the_example_of_the_docstring(monkeypatch):
+    graph = build_graph(torch.tensor([0, 0]), torch.tensor([1, 3]), 1, 5)
+    every_draw(monkeypatch)
+    assert graph.skip_key.tolist() == [1, 2]
+    assert gnn.sample_negatives(graph, torch.zeros(3, dtype=torch.int64)).tolist() == [0, 2, 4]
+
+
 @pytest.mark.parametrize("user", range(5))
 def test_the_rth_negative_is_the_rth_item_that_the_user_lacks(graph, user, monkeypatch):
     others = [i for i in range(I) if i not in liked(user)]
-    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.arange(size[0]) + 5 * len(others))
+    every_draw(monkeypatch)
     assert gnn.sample_negatives(graph, torch.full((len(others),), user)).tolist() == others
 
 
-def test_negatives_are_uniform_and_never_positive(graph):
-    user = torch.arange(5).repeat(8000)
-    neg = gnn.sample_negatives(graph, user, seeded())
-    assert neg.dtype == torch.int64 and neg.shape == user.shape
-    for u in range(5):
-        count = torch.bincount(neg[user == u], minlength=I).double()
-        others = [i for i in range(I) if i not in liked(u)]
-        share = 1 / len(others)
-        assert count[liked(u)].sum() == 0
-        assert ((count[others] - 8000 * share).abs() <= 5 * math.sqrt(8000 * share * (1 - share))).all()
-    assert set(neg[user == 3].tolist()) == {7}                       # the user who likes all items but one
+@pytest.mark.parametrize("user", [0, 1, 2, 3, 5])
+def test_the_rth_positive_is_the_rth_item_of_the_user(graph, user, monkeypatch):
+    every_draw(monkeypatch)
+    drawn = gnn.sample_positives(graph, torch.full((len(liked(user)),), user))
+    assert drawn.tolist() == liked(user)
 
 
-def test_a_user_with_every_item_gets_no_item(graph):
-    assert gnn.sample_negatives(graph, torch.tensor([5, 5])).tolist() == [I, I]
+def test_negatives_and_positives_are_uniform_over_each_users_items(graph):
+    lacks, has = (torch.tensor(users) for users in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 5]))
+    neg = gnn.sample_negatives(graph, lacks.expand(4000, 5), seeded())
+    pos = gnn.sample_positives(graph, has.expand(4000, 5), seeded(1))
+    assert neg.dtype == pos.dtype == torch.int64 and neg.shape == pos.shape == (4000, 5)
+    for column, u in zip(neg.T, lacks.tolist()):
+        assert uniform_over(column, [i for i in range(I) if i not in liked(u)])
+    for column, u in zip(pos.T, has.tolist()):
+        assert uniform_over(column, liked(u))
 
 
-def test_negatives_on_a_large_random_graph():
+def test_triplets_are_uniform_over_users_and_over_each_users_items(graph):
+    user, pos, neg = gnn.sample_triplets(graph, 20000, seeded())
+    assert all(ids.dtype == torch.int64 and ids.shape == (20000,) for ids in (user, pos, neg))
+    assert uniform_over(user, [0, 1, 2, 3])
+    for u in range(4):
+        assert uniform_over(pos[user == u], liked(u))
+        assert uniform_over(neg[user == u], [i for i in range(I) if i not in liked(u)])
+
+
+def test_triplets_on_a_large_random_graph():
     g = seeded()
     user, item = torch.randint(300, (20000,), generator=g), torch.randint(90, (20000,), generator=g)
     graph = build_graph(user, item, 300, 90)
     positive = torch.zeros(300, 90, dtype=torch.bool)
     positive[user, item] = True
-    drawn_for, pos, neg = gnn.sample_triplets(graph, 50000, g)
-    assert positive[drawn_for, pos].all() and not positive[drawn_for, neg].any()
-
-
-def test_positives_are_uniform_over_each_users_items(graph):
-    """4,000 draws for every user who has an item: each of the n items gets 4,000 / n, within 5 standard errors."""
-    degree = graph.row_ptr[:graph.n_users + 1].diff().long()
-    users = degree.nonzero()[:, 0]
-    item = gnn.sample_positives(graph, users.repeat(4000), seeded(1)).view(4000, -1)
-    for column, u in zip(item.T, users.tolist()):
-        own = (graph.col[graph.row_ptr[u]:graph.row_ptr[u + 1]] - graph.n_users).long()
-        count = column.bincount(minlength=graph.n_items).double()
-        assert count[own].sum() == 4000                         # never an item that the user lacks
-        p = 1 / len(own)
-        assert (count[own] - 4000 * p).abs().max() <= 5 * (4000 * p * (1 - p)) ** 0.5
-
-
-def test_triplets_are_uniform_over_users_and_over_each_users_items(graph):
-    n = 40000
-    user, pos, neg = gnn.sample_triplets(graph, n, seeded())
-    assert all(ids.dtype == torch.int64 and ids.shape == (n,) for ids in (user, pos, neg))
-    assert set(user.tolist()) == {0, 1, 2, 3} and torch.equal(user, user.sort().values)
-    for u in range(4):
-        assert abs((user == u).sum() - n / 4) < 5 * math.sqrt(n * 3 / 16)
-        drawn, share = pos[user == u], 1 / len(liked(u))
-        for i in liked(u):
-            five_sigma = 5 * math.sqrt(len(drawn) * share * (1 - share))
-            assert abs((drawn == i).sum() - len(drawn) * share) <= five_sigma
-        assert not set(neg[user == u].tolist()) & set(liked(u))
+    user, pos, neg = gnn.sample_triplets(graph, 50000, g)
+    assert positive[user, pos].all() and not positive[user, neg].any()
 
 
 def test_triplets_come_from_their_generator(graph):
@@ -225,9 +273,9 @@ def test_triplets_come_from_their_generator(graph):
 
 
 def test_triplets_need_somebody_with_a_preference():
-    everything, nothing = torch.cartesian_prod(torch.arange(2), torch.arange(3)), torch.empty(0, 2).long()
-    for pairs in (everything, nothing):
-        with pytest.raises(ValueError, match="none of 2 users likes some but not all of the 3 items"):
+    everything = torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    for pairs in (everything, everything[:0]):
+        with pytest.raises(ValueError, match="no user of 2 likes some items, not all"):
             gnn.sample_triplets(build_graph(*pairs.T, 2, 3), 4)
 
 
@@ -534,7 +582,7 @@ def test_fold_in_is_what_one_layer_gives_a_user_in_the_graph(graph):
 
 
 def test_fold_in_names_items_out_of_range(graph):
-    with pytest.raises(ValueError, match=r"item ids lie in \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"items 8 to 8, need 0 to 7"):
         make_model()[0].fold_in(graph, torch.tensor([0]), torch.tensor([8]), 1)
 
 
