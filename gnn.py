@@ -9,7 +9,6 @@ Sources: LightGCN (arXiv 2002.02126v4) for the graph, FREEDOM (arXiv 2211.06924)
 modality. Shapes: U users, I items, N = U + I nodes, E edges (interactions), D width, F features,
 M modalities, L layers, V words, B batch, C users ranked at once, H interactions of some users."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,8 +30,9 @@ class GNNConfig:
 # ---- the graph and its product
 
 class Graph(NamedTuple):
-    """Users 0..U-1 and items U..N-1 are the nodes; S = D^-1/2 A D^-1/2 has two entries for each
-    interaction, sorted by row, then by column. The users' rows come first."""
+    """Nodes 0..U-1 are users, U..N-1 items; A joins a user with each item that the user likes, and D
+    holds the degrees. S = D^-1/2 A D^-1/2 has two entries for each interaction, kept sorted by row,
+    then by column, so that the users' rows come first."""
     row_ptr: Tensor   # (N+1,) node n has the entries row_ptr[n], ..., row_ptr[n+1] - 1
     row: Tensor       # (2E,) a node
     col: Tensor       # (2E,) its neighbour
@@ -71,13 +71,14 @@ def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph
             raise ValueError(f"build_graph: {name}s {ids.min()} to {ids.max()}, need 0 to {n - 1}")
     n_nodes = n_users + n_items
     user, item = user.long().cpu(), n_users + item.long().cpu()     # as nodes
-    edges = torch.cat([user * n_nodes + item, item * n_nodes + user]).unique()  # sorted
+    # each edge in both directions, as one number; sorted and each once
+    edges = torch.cat([user * n_nodes + item, item * n_nodes + user]).unique()
     row, col = edges // n_nodes, edges % n_nodes                    # (2E,)
     degree = row.bincount(minlength=n_nodes)                        # (N,)
     weight = (degree[row] * degree[col]).rsqrt()                    # (2E,)
     row_ptr = F.pad(degree.cumsum(0), (1, 0))                       # (N+1,)
     nth = torch.arange(len(row)) - row_ptr[row]                     # col is row's nth neighbour
-    skip_key = (row * n_items + col - n_users - nth).chunk(2)[0]    # (E,) of the users
+    skip_key = (row * n_items + col - n_users - nth).chunk(2)[0]    # (E,) of the users' rows
     n_liked = degree[:n_users]
     active = ((n_liked > 0) & (n_liked < n_items)).nonzero()[:, 0]
     return Graph(row_ptr, row, col, weight, skip_key, active, n_users, n_items)
@@ -312,7 +313,7 @@ class ModalGNN(nn.Module):
             width = f.shape[-1]
             weight = torch.randn(cfg.dim, width, generator=generator)
             self.user[m] = nn.Parameter(torch.zeros(n_users, cfg.dim))
-            self.item[m] = nn.Parameter(0.1 * weight / width**0.5)      # W f: 0.1, as LightGCN
+            self.item[m] = nn.Parameter(0.1 * weight / width**0.5)      # so W f has std 0.1
             self.register_buffer(f"features_{m}", torch.empty(n_items, width))
             self.set_features(m, f)
 
@@ -373,65 +374,57 @@ class ModalGNN(nn.Module):
         return dict(zip(self.modalities, p.split(self.cfg.dim, dim=1)))
 
 
-# --------------------------------------------------------------------------------- how well it ranks
+# ---- how well it ranks
 
-def _pairs(graph: Graph, user: Tensor) -> tuple[Tensor, Tensor]:
-    """Interactions of the users (C,) int64: (place in user, item), int64 each."""
-    start, end = graph.row_ptr[user].long(), graph.row_ptr[user + 1].long()     # (C,)
-    row = torch.repeat_interleave(end - start)                                  # (H,)
-    nth = torch.arange(len(row), device=row.device) - ((end - start).cumsum(0) - (end - start))[row]
-    return row, graph.col[start[row] + nth].long() - graph.n_users
-
-
-def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen_row: Tensor, seen_item: Tensor) -> Tensor:
+def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen: tuple[Tensor, Tensor]) -> Tensor:
     """The k items that score highest for each user, best first; equal scores by ascending item id.
-    user_emb (C, D), item_emb (I, D), finite; seen_row, seen_item (H,): pairs that are not recommended ->
-    (C, k) int64, I (no item) where fewer than k are left."""
-    score = user_emb @ item_emb.T                                               # (C, I)
-    score[seen_row, seen_item] = -math.inf
+    user_emb (C, D), item_emb (I, D), finite; seen: (row of user_emb, item), (H,) each, pairs that
+    are not recommended -> (C, k) int64; I (no item) where fewer than k are left."""
+    score = user_emb @ item_emb.T                           # (C, I)
+    score[seen] = -torch.inf
     score, item = score.sort(dim=1, descending=True, stable=True)
-    return item.masked_fill(score == -math.inf, len(item_emb))[:, :k]
-
-
-class Ranking(NamedTuple):
-    """Metrics user by user; the R users are those who have a test item."""
-    user: Tensor     # (R,) int64 ascending
-    recall: Tensor   # (R,) in [0, 1]
-    ndcg: Tensor     # (R,) in [0, 1]
+    return item.masked_fill(score == -torch.inf, len(item_emb))[:, :k]
 
 
 @torch.no_grad()
-def ranking_metrics(user_emb, item_emb, seen: Graph, test: Graph, k: int = 20, chunk: int = 256) -> Ranking:
-    """recall@k and NDCG@k of every user u with test items T_u, over all items but those u has in `seen`:
-        recall = hits / |T_u|        NDCG = sum over hits of 1/log2(1 + rank) / its largest value for |T_u|
-    user_emb (U, D), item_emb (I, D), or a dict of each: then scores are summed over user_emb's modalities.
-    Equal scores rank by ascending item id; a test item that is also in `seen` is missed. Holds chunk x I
-    scores, never U x I. Raises ValueError for sizes unlike the graphs', and for NaN or infinity."""
-    if isinstance(user_emb, dict):
-        user_emb, item_emb = (torch.cat([emb[m] for m in user_emb], dim=1) for emb in (user_emb, item_emb))
-    size = (len(user_emb), len(item_emb))
+def ranking_metrics(rows: tuple[Tensor, Tensor], seen: Graph, test: Graph, k: int = 20,
+                    chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """recall@k and NDCG@k of every user u with test items T_u, over all items but u's in `seen`:
+        recall = hits / |T_u|
+        NDCG = sum over hits of 1/log2(1 + rank) / the largest that this can be for |T_u|
+    rows: users (U, D), items (I, D) -> (R,) each, of the R users with a test item, in order. A test
+    item that is also in `seen` is missed. Holds the scores of `chunk` users at a time.
+    Raises ValueError for sizes unlike the graphs', and for NaN or infinity."""
+    users, items = rows
     for name, graph in (("seen", seen), ("test", test)):
-        if (graph.n_users, graph.n_items) != size:
-            raise ValueError(f"ranking_metrics: embeddings of {size[0]} users and {size[1]} items, but "
-                             f"`{name}` has {graph.n_users} and {graph.n_items}; build it with the same")
-    if not (user_emb.isfinite().all() and item_emb.isfinite().all()):
-        raise ValueError("ranking_metrics: the embeddings hold NaN or infinity; training diverged, lower lr")
-    k, parts = min(k, size[1]), []
-    discount = 1 / torch.arange(2, k + 2, dtype=user_emb.dtype, device=user_emb.device).log2()      # (k,)
-    user = torch.nonzero(test.row_ptr[:size[0] + 1].diff()).squeeze(1)          # (R,)
-    for rows in user.split(chunk):                                              # (C,)
-        top = top_items(user_emb[rows], item_emb, k, *_pairs(seen, rows))       # (C, k)
-        wanted = torch.zeros(len(rows), size[1] + 1, dtype=torch.bool, device=rows.device)
-        wanted[_pairs(test, rows)] = True                                       # (C, I+1)
-        hit, n_test = wanted.gather(1, top).to(discount.dtype), wanted.sum(1)   # (C, k), (C,)
-        best = discount.cumsum(0)[n_test.clamp(max=k) - 1]                      # (C,)
+        sizes, known = (len(users), len(items)), (graph.n_users, graph.n_items)
+        if sizes != known:
+            raise ValueError(f"ranking_metrics: {sizes} users and items, but {known} in `{name}`")
+    if not (users.isfinite().all() and items.isfinite().all()):
+        raise ValueError("ranking_metrics: NaN or infinity in rows; training diverged, lower lr")
+    k = min(k, len(items))
+    discount = 1 / torch.arange(2, k + 2, dtype=users.dtype, device=users.device).log2()    # (k,)
+    ideal = discount.cumsum(0)                              # (k,) for 1, ..., k hits
+    parts = []
+    for low in range(0, len(users), chunk):
+        high = min(low + chunk, len(users))
+        top = top_items(users[low:high], items, k, seen.pairs(low, high))       # (C, k)
+        wanted = users.new_zeros(high - low, len(items) + 1)    # (C, I+1), the last: no item
+        wanted[test.pairs(low, high)] = 1
+        hit, n_test = wanted.gather(1, top), wanted.sum(1)      # (C, k), (C,)
+        best = ideal[n_test.long().clamp(max=k) - 1]
         parts.append(torch.stack([hit.sum(1) / n_test, hit @ discount / best]))
-    return Ranking(user, *torch.cat(parts, dim=1))
+    has_test = test.row_ptr[:len(users) + 1].diff() > 0
+    return tuple(torch.cat(parts, dim=1)[:, has_test])
 
 
-def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20) -> dict[str, float]:
-    """{"recall@k", "ndcg@k"} of the scores summed over the modalities and {"recall@k_m"} of each alone, means over users.
-    rows: m -> (users (U, D), items (I, D)), as ModalGNN.forward gives them; the graphs, errors as of ranking_metrics."""
-    both = ranking_metrics(*({m: pair[side] for m, pair in rows.items()} for side in (0, 1)), seen, test, k)
-    alone = {f"recall@{k}_{m}": ranking_metrics(*pair, seen, test, k).recall.mean().item() for m, pair in rows.items()}
-    return {f"recall@{k}": both.recall.mean().item(), f"ndcg@{k}": both.ndcg.mean().item()} | alone
+def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20):
+    """{"recall@k", "ndcg@k"} of the scores summed over the modalities and {"recall@k_m"} of each
+    alone: means over users. rows: m -> (users (U, D), items (I, D)), as ModalGNN.forward gives
+    them. Raises as ranking_metrics does."""
+    summed = [torch.cat(side, dim=1) for side in zip(*rows.values())]
+    recall, ndcg = ranking_metrics(summed, seen, test, k)
+    found = {f"recall@{k}": recall, f"ndcg@{k}": ndcg}
+    for m, pair in rows.items():
+        found[f"recall@{k}_{m}"], _ = ranking_metrics(pair, seen, test, k)
+    return {name: values.mean().item() for name, values in found.items()}

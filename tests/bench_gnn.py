@@ -200,8 +200,8 @@ def train_lastfm(graph: gnn.Graph, cfg: gnn.GNNConfig, n_candidates: int, seed: 
 
 @torch.no_grad()
 def mean_metrics(model: LightGCN, graph: gnn.Graph, test: gnn.Graph) -> tuple[float, float]:
-    ranking = gnn.ranking_metrics(*model(graph)["id"], graph, test)
-    return ranking.recall.mean().item(), ranking.ndcg.mean().item()
+    recall, ndcg = gnn.ranking_metrics(model(graph)["id"], graph, test)
+    return recall.mean().item(), ndcg.mean().item()
 
 
 def bench_lastfm(args) -> None:

@@ -586,95 +586,95 @@ def test_fold_in_names_items_out_of_range(graph):
         make_model()[0].fold_in(graph, torch.tensor([0]), torch.tensor([8]), 1)
 
 
-# ---------------------------------------------------------------- ranking
+# ---- ranking
 
 def brute_force(score, seen, test, k):
-    """user -> (recall, ndcg), by sorting."""
-    result = {}
+    """(recall, ndcg) of each user with a test item, by sorting."""
+    result = []
     for u, wanted in sorted(test.items()):
         unseen = (i for i in range(score.shape[1]) if i not in seen.get(u, ()))
         order = sorted(unseen, key=lambda i: (-score[u, i].item(), i))
         hits = [rank for rank, i in enumerate(order[:k], start=1) if i in wanted]
         best = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(wanted)) + 1))
-        result[u] = (len(hits) / len(wanted), sum(1 / math.log2(r + 1) for r in hits) / best)
-    return result
+        result.append((len(hits) / len(wanted), sum(1 / math.log2(r + 1) for r in hits) / best))
+    return torch.tensor(result, dtype=torch.float64)
 
 
 def random_ranking(n_users, n_items, levels, seed):
-    """Embeddings of `levels` values (few: many ties), seen and test items; a third of users have none."""
+    """Embeddings of `levels` values (few: many ties), seen and test items; every third user has no
+    test item."""
     g = seeded(seed)
-    user_emb, item_emb = (torch.randint(levels, (n, 2), generator=g).double() - 1 for n in (n_users, n_items))
+    rows = [torch.randint(levels, (n, 2), generator=g).double() - 1 for n in (n_users, n_items)]
     seen = {u: set(torch.randperm(n_items, generator=g)[:u % 7].tolist()) for u in range(n_users)}
     tested = [u for u in range(n_users) if u % 3]
     test = {u: set(torch.randperm(n_items, generator=g)[:1 + u % 4].tolist()) for u in tested}
-    return user_emb, item_emb, seen, test
+    return rows, seen, test
 
 
 def as_graph(sets, n_users, n_items):
     return build_graph(*torch.tensor([(u, i) for u in sets for i in sets[u]]).T, n_users, n_items)
 
 
+@pytest.fixture
+def ranked():
+    """Embeddings of two numbers, and the graphs of seen and test items."""
+    rows, seen, test = random_ranking(23, 30, 1000, seed=0)
+    return rows, as_graph(seen, 23, 30), as_graph(test, 23, 30)
+
+
 @pytest.mark.parametrize("k, chunk", [(1, 4), (5, 7), (5, 100), (30, 7), (40, 1)])
 @pytest.mark.parametrize("levels", [2, 3, 1000])
 def test_ranking_matches_brute_force_ties_and_missing_users_included(levels, k, chunk):
-    user_emb, item_emb, seen, test = random_ranking(23, 30, levels, seed=levels)
-    ranking = ranking_metrics(user_emb, item_emb, as_graph(seen, 23, 30), as_graph(test, 23, 30), k, chunk)
-    want = brute_force(user_emb @ item_emb.T, seen, test, k)
-    assert ranking.user.tolist() == list(want)
-    got = torch.stack([ranking.recall, ranking.ndcg], dim=1)
-    assert_close(got, torch.tensor(list(want.values()), dtype=torch.float64))
-    assert k < 5 or ranking.recall.std() > 0                         # else the test would say little
+    rows, seen, test = random_ranking(23, 30, levels, seed=levels)
+    found = ranking_metrics(rows, as_graph(seen, 23, 30), as_graph(test, 23, 30), k, chunk)
+    assert_close(torch.stack(found, dim=1), brute_force(rows[0] @ rows[1].T, seen, test, k))
+    assert k < 5 or found[0].std() > 0                              # else the test would say little
 
 
 def test_equal_scores_rank_by_ascending_id():
     none = torch.empty(0, dtype=torch.int64)
-    top = gnn.top_items(torch.ones(1, 1), torch.tensor([0.0, 2, 1, 2, 1, 1, 3])[:, None], 5, none, none)
-    assert top.tolist() == [[6, 1, 3, 2, 4]]
-    wide = gnn.top_items(torch.zeros(3, 1), torch.zeros(5000, 1), 20, torch.tensor([1]), torch.tensor([4]))
+    scores = torch.tensor([0.0, 2, 1, 2, 1, 1, 3])[:, None]
+    assert gnn.top_items(torch.ones(1, 1), scores, 5, (none, none)).tolist() == [[6, 1, 3, 2, 4]]
+    one = torch.tensor([1]), torch.tensor([4])                      # user 1 has seen item 4
+    wide = gnn.top_items(torch.zeros(3, 1), torch.zeros(5000, 1), 20, one)
     assert wide[0].tolist() == list(range(20)) and wide[1].tolist() == [*range(4), *range(5, 21)]
 
 
 def test_where_items_run_out_no_item_is_recommended():
     seen = torch.tensor([0, 0, 0]), torch.tensor([0, 2, 3])
-    assert gnn.top_items(torch.ones(1, 1), torch.arange(5.0)[:, None], 4, *seen).tolist() == [[4, 1, 5, 5]]
+    top = gnn.top_items(torch.ones(1, 1), torch.arange(5.0)[:, None], 4, seen)
+    assert top.tolist() == [[4, 1, 5, 5]]
 
 
-def test_ranking_sums_the_score_of_modalities():
-    user_emb, item_emb, seen, test = random_ranking(23, 30, 1000, seed=0)
-    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
-    halves = [{"a": e[:, :1], "b": e[:, 1:]} for e in (user_emb, item_emb)]
-    halves[1] = {"b": halves[1]["b"], "a": halves[1]["a"]}           # order is the users'
-    assert_close(ranking_metrics(*halves, *graphs), ranking_metrics(user_emb, item_emb, *graphs))
-
-
-def test_ranking_summary_is_the_mean_over_users_of_all_modalities_and_of_each_alone():
-    user_emb, item_emb, seen, test = random_ranking(23, 30, 1000, seed=0)
-    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
-    rows = {"a": (user_emb[:, :1], item_emb[:, :1]), "b": (user_emb[:, 1:], item_emb[:, 1:])}
-    both, a, b = (ranking_metrics(*pair, *graphs, k=7) for pair in ((user_emb, item_emb), rows["a"], rows["b"]))
-    assert gnn.ranking_summary(rows, *graphs, k=7) == pytest.approx({
-        "recall@7": both.recall.mean().item(), "ndcg@7": both.ndcg.mean().item(),
-        "recall@7_a": a.recall.mean().item(), "recall@7_b": b.recall.mean().item()})
+def test_ranking_summary_is_the_mean_over_users_of_all_modalities_and_of_each_alone(ranked):
+    (users, items), *graphs = ranked
+    rows = {"a": (users[:, :1], items[:, :1]), "b": (users[:, 1:], items[:, 1:])}
+    recall, ndcg = ranking_metrics((users, items), *graphs, k=7)
+    want = {"recall@7": recall, "ndcg@7": ndcg}
+    want |= {f"recall@7_{m}": ranking_metrics(rows[m], *graphs, k=7)[0] for m in rows}
+    want = {name: values.mean().item() for name, values in want.items()}
+    assert gnn.ranking_summary(rows, *graphs, k=7) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("chunk", [{"chunk": 10}, {}])
 def test_ranking_memory_is_bounded_by_the_chunk(chunk):
-    user_emb, item_emb, seen, test = random_ranking(300, 200, 1000, seed=0)
+    rows, seen, test = random_ranking(300, 200, 1000, seed=0)
     graphs = as_graph(seen, 300, 200), as_graph(test, 300, 200)
     with LargestTensor() as largest:
-        ranking_metrics(user_emb, item_emb, *graphs, k=5, **chunk)
+        ranking_metrics(rows, *graphs, k=5, **chunk)
     assert largest.numel <= chunk.get("chunk", 256) * 201
 
 
-def test_ranking_names_its_errors():
-    user_emb, item_emb, seen, test = random_ranking(23, 30, 3, seed=0)
-    graphs = as_graph(seen, 23, 30), as_graph(test, 23, 30)
-    with pytest.raises(ValueError, match="embeddings of 22 users and 30 items, but `seen` has 23 and 30"):
-        ranking_metrics(user_emb[:22], item_emb, *graphs)
-    with pytest.raises(ValueError, match="embeddings of 23 users and 30 items, but `test` has 23 and 31"):
-        ranking_metrics(user_emb, item_emb, graphs[0], as_graph(test, 23, 31))
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        ranking_metrics(user_emb, item_emb * math.nan, *graphs)
+def test_ranking_names_its_errors(ranked):
+    (users, items), seen, test = ranked
+    with pytest.raises(ValueError, match=r"\(22, 30\) users and items, but \(23, 30\) in `seen`"):
+        ranking_metrics((users[:22], items), seen, test)
+    wider = build_graph(*test.pairs(0, 23), 23, 31)
+    with pytest.raises(ValueError, match=r"\(23, 30\) users and items, but \(23, 31\) in `test`"):
+        ranking_metrics((users, items), seen, wider)
+    for rows in ((users * math.nan, items), (users, items * math.inf)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            ranking_metrics(rows, seen, test)
 
 
 # ---- devices and repeatability
@@ -691,7 +691,7 @@ def test_a_training_step_and_a_ranking_step_run_on_the_meta_device(graph):
     assert loss.shape == () and all(p.grad is not None for p in model.parameters())
     rows, items = model(graph)["image"]
     seen = torch.empty(3, dtype=torch.int64, device="meta")
-    assert gnn.top_items(rows, items, 2, seen, seen).shape == (U, 2)
+    assert gnn.top_items(rows, items, 2, (seen, seen)).shape == (U, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -719,8 +719,8 @@ N_TASTES = 5
 @pytest.fixture(scope="module")
 def planted():
     """200 users, 400 items; an item's look shows in its image features, its tone in its text
-    features. A user has a favourite look and, independently, a favourite tone, each 12 times as likely
-    as any other, and likes 15 items. Trained on all but the last 40 users."""
+    features. A user has a favourite look and, independently, a favourite tone, each 12 times as
+    likely as any other, and likes 15 items. Trained on all but the last 40 users."""
     g = seeded(5)
     n_users, n_items, n_liked = 200, 400, 15
     look, tone = torch.randint(N_TASTES, (2, n_items), generator=g)
