@@ -30,7 +30,7 @@ class GNNConfig:
 # ---- the graph and its product
 
 class Graph(NamedTuple):
-    """Nodes 0..U-1 are users, U..N-1 items; A joins a user with each item that the user likes, and D
+    """Nodes 0..U-1 are users, U..N-1 items; A joins a user with each item that the user likes, D
     holds the degrees. S = D^-1/2 A D^-1/2 has two entries for each interaction, kept sorted by row,
     then by column, so that the users' rows come first."""
     row_ptr: Tensor   # (N+1,) node n has the entries row_ptr[n], ..., row_ptr[n+1] - 1
