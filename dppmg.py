@@ -27,24 +27,26 @@ M preference tokens, T text length, V vocabulary, G groups, S samples in a group
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import csv
 import difflib
 import hashlib
 import inspect
-import io
 import math
 import os
 import re
 import sys
+import tempfile
 import warnings
-from array import array
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
-from operator import itemgetter
+from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -61,315 +63,255 @@ from vq import ResidualVQVAE, VQConfig
 
 TRAIN, VALID, TEST = 0, 1, 2               # parts of the interactions
 NEW = 3                                    # part of those of users who are kept out of all training
-SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of a picture, in lower or upper case
-MAX_VALUE = 2**20                          # characters in one CSV value; the csv module's own limit is 2^17
-MAX_ID = 250                               # bytes of an id: file systems allow 255 in a name, ".jpeg" takes 5
-MAX_PHRASES = 16                           # prompt phrases kept per item: a generator's condition is short
-MAX_LISTED = 10                            # errors shown per file; the others are counted
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")              # of a picture, in lower or upper case
+MAX_ID = 250                               # characters in an id
+MAX_PHRASES = 16                           # of a prompt: a generator's condition is short
+MAX_LISTED = 10                            # errors shown per file
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")     # NUL, newlines and their like
+NOT_IN_ID = {"user": CONTROL, "item": re.compile(CONTROL.pattern + r"|[/\\]")}
+# the columns of each file, the first two needed, and the names that they go by, the best last
+COLUMNS = {
+    "items.csv": {"item": "item", "text": "text", "prompt": "prompt"},
+    "interactions.csv": {"user": "user", "item": "item",
+                         "timestamp": "date time datetime timestamp",
+                         "rating": "click like label stars score rating"}}
+ALL_LIKES = "every row counts as a like; --min-rating R keeps rows of at least R"
 
 
 class DataError(ValueError):
-    """All that is wrong with a data folder in one message, a line each: `file:line: what 'value': cure`."""
+    """All that is wrong with a data folder, `file:line: what 'value'` a line, and what is needed:
 
-
-class _Findings:
-    """What loading found. errors: lists by file; broken: files not read to their end; notices: harmless."""
-
-    def __init__(self):
-        self.errors: dict[str, list[str]] = {}
-        self.broken: set[str] = set()
-        self.notices: list[str] = []
-
-    def error(self, line: str):
-        """Note what is wrong; the line begins with `file:line:`, `file:` or `images/NAME:`."""
-        self.errors.setdefault(re.split("[:/]", line)[0], []).append(line)
-
-    def notice(self, count: int | bool, line: str):
-        """Note what was repaired or ignored, {n} standing for the count, unless that is nothing."""
-        if count:
-            self.notices.append(line.replace("{n}", f"{count:,}"))
-
-    def raise_if_any(self, folder: str | Path):
-        """DataError with the first MAX_LISTED errors of each file."""
-        total = sum(map(len, self.errors.values()))
-        lines = [f"{folder}: {total:,} problem{'s' * (total > 1)} in the data"]
-        for file, errors in self.errors.items():
-            more = len(errors) - MAX_LISTED
-            lines += errors[:MAX_LISTED] + [f"{file}: ... and {more:,} more"] * (more > 0)
-        if total:
-            raise DataError("\n  ".join(lines))
+    interactions.csv   user,item[,timestamp]   number or ISO 8601 date; --min-rating needs a rating
+    items.csv          item,text[,prompt]      each item once; prompt: phrases parted by commas
+    images/ITEM.png    (.jpg .jpeg .webp)      one for each item, of any size and mode
+    CSV in UTF-8, as many values in a row as in the header, "..." around one that holds a comma;
+    ids of 1 to 250 characters, none of them a control character, in items no / and \\ either"""
 
 
 def _show(value: object) -> str:
-    """The value as Python writes it, so that control characters are visible, cut to a line's length."""
+    """The value as Python writes it, control characters visible, cut to a line's length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}...{text[-1]} ({len(text) - 2:,} characters)"
 
 
-def _id_problem(value: str, is_file_name: bool = False) -> str | None:
-    """What makes this string unfit as an id, or None."""
-    if not value.strip():
-        return "is empty: give it a name"
-    if CONTROL.search(value):
-        return "holds a control character: remove it"
-    if len(value.encode()) > MAX_ID:
-        return f"is {len(value.encode()):,} bytes long: at most {MAX_ID} fit in a file name"
-    if is_file_name and (value in (".", "..") or "/" in value or "\\" in value):
-        return "is a path, but its picture is images/ITEM.png: rename it, without / and \\, and not . or .."
-    return None
+def _plain(name: str) -> str:
+    """An id less what programs change: Unicode form, case, outer blanks, leading zeros, ".0"."""
+    return re.sub(r"^0+(?=\d)|\.0$", "", normalize("NFC", name).strip().casefold())
 
 
-def _file_problem(root: Path, path: Path) -> str | None:
-    """What makes this path unfit to be read, or None: the folder may come from anywhere."""
-    real = Path(os.path.realpath(path))
-    if not real.is_relative_to(root):
-        return "is a symbolic link out of the folder: copy the file here"
-    return None if real.is_file() else "no such file: need interactions.csv, items.csv and images/"
-
-
-# ---- CSV ---------------------------------------------------------------------------------------------------
-
-def _open_text(root: Path, file: str, found: _Findings) -> io.TextIOWrapper:
-    """The file as text, once its bytes are proved to be UTF-8 without NUL; DataError if they are not."""
-    if problem := _file_problem(root, root / file):
-        raise DataError(f"{file}: {problem}")
-    try:
-        data = (root / file).read_bytes()
-        data.decode()
-        bad, what = data.find(b"\0"), "a NUL byte: remove it, or save the file as UTF-8"
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}): check its permissions") from None
-    except UnicodeDecodeError as error:
-        bad = error.start
-        what = f"byte {data[bad:bad + 1]!r} is not UTF-8: save the file as UTF-8"
-    if bad >= 0:
-        line = len(re.findall(rb"\r\n|\r|\n", data[:bad])) + 1
-        raise DataError(f"{file}:{line}: {what}")
-    found.notice(data.startswith(b"\xef\xbb\xbf"), f"{file}: byte order mark ignored")
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
-
-
-def _find_columns(header: list[str], file: str, need: tuple, may: tuple, found: _Findings) -> list[int]:
-    """Position of each column of need + may, len(header) for an optional one that is missing."""
-    names = [name.strip() for name in header]
-    wrong = [name for name in need + may if names.count(name) != 1 and (name in need or name in names)]
-    if wrong:
-        what = f"{' and '.join(wrong)} must be a column once, but the header is {_show(','.join(names))}"
-        raise DataError(f"{file}:1: {what}: begin the file with the line {','.join(need + may)}")
-    found.notice(len(set(names) - set(need + may)), f"{file}: {{n}} extra columns ignored")
-    return [names.index(name) if name in names else len(names) for name in need + may]
-
-
-def _read_rows(root: Path, file: str, need: tuple, may: tuple, found: _Findings) -> Iterator[tuple]:
-    """Yield (line on which a row starts, its values of the columns need + may), None for a missing column.
-
-    Rows that do not fit the header are reported and left out; a file that cannot be read on is reported too."""
-    line, blank, limit = 1, 0, csv.field_size_limit(MAX_VALUE)      # the process's limit: put back below
-    try:
-        reader = csv.reader(_open_text(root, file, found), strict=True)
-        header = next((row for row in reader if row), [])
-        pick, line = itemgetter(*_find_columns(header, file, need, may, found)), reader.line_num + 1
-        for row in reader:
-            if len(row) == len(header):
-                row.append(None)                                    # what a missing column gives
-                yield line, pick(row)
-            elif row:
-                cure = 'write "..." around a value that holds a comma'
-                found.error(f"{file}:{line}: {len(row)} values where the header has {len(header)}: {cure}")
-            blank += not row
-            line = reader.line_num + 1
-        found.notice(blank, f"{file}: {{n}} blank lines skipped")
-    except csv.Error as error:
-        cure = f'close each quote, write "" for one inside, at most {MAX_VALUE:,} characters a value'
-        found.error(f"{file}:{line}: the row that starts here is not valid CSV ({error}): {cure}")
-        found.broken.add(file)
-    except DataError as error:
-        found.error(str(error))
-        found.broken.add(file)
-    finally:
-        csv.field_size_limit(limit)
+def _number(column: str, value: str) -> float:
+    """A finite number, or the seconds from 1970 to an ISO 8601 date, in UTC if it does not say."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(value)):
+            return float(value)
+    with contextlib.suppress(ValueError):
+        date = datetime.fromisoformat(value.strip())
+        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
+    raise ValueError(f"{column} {_show(value)} is neither a number nor a date")
 
 
 def parse_prompt(prompt: str) -> tuple[str, ...]:
-    """Phrases of a prompt: parted by commas, case folded, spaces evened, each once, in order.
+    """Phrases of a prompt: parted by commas or |, case folded, spaces evened, each once, in order.
 
-    "Comedy, film  noir,comedy" -> ("comedy", "film noir"); "fish" -> ("fish",); "" -> ()."""
-    phrases = (" ".join(phrase.split()) for phrase in prompt.casefold().split(","))
-    return tuple(dict.fromkeys(phrase for phrase in phrases if phrase))
-
-
-def _read_items(root: Path, found: _Findings) -> tuple[dict[str, int], list[str], list[tuple[str, ...]]]:
-    """items.csv as {item id: its line}, texts, prompts."""
-    file, lines, texts, prompts = "items.csv", {}, [], []
-    for line, (item, text, prompt) in _read_rows(root, file, ("item", "text"), ("prompt",), found):
-        if problem := _id_problem(item, is_file_name=True):
-            found.error(f"{file}:{line}: item {_show(item)} {problem}")
-        if not text.strip():
-            found.error(f"{file}:{line}: text {_show(text)} is empty: write one, or drop the item")
-        if item in lines:
-            found.error(f"{file}:{line}: item {_show(item)} is on line {lines[item]} too: keep one of them")
-        else:
-            lines[item] = line
-            texts.append(text)
-            prompts.append(parse_prompt(prompt or ""))
-    if len(lines) < 2 and file not in found.broken:
-        found.error(f"{file}: {len(lines)} items below the header: need at least 2")
-    found.notice(prompts.count(()), f"{file}: {{n}} items without a prompt")
-    n_long = sum(len(phrases) > MAX_PHRASES for phrases in prompts)
-    found.notice(n_long, f"{file}: {{n}} prompts cut to their first {MAX_PHRASES} phrases")
-    return lines, texts, [phrases[:MAX_PHRASES] for phrases in prompts]
-
-
-def _parse_time(value: str) -> float:
-    """The number that a timestamp is, NaN if it is none."""
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-
-
-def _read_interactions(root: Path, items: dict[str, int], found: _Findings):
-    """interactions.csv as user ids, user (R,), item (R,) int64, time (R,) float64 or None; each pair once."""
-    file, users, index, unknown = "interactions.csv", {}, dict(zip(items, range(len(items)))), set()
-    user, item, time, stamp = array("q"), array("q"), array("d"), None
-    for line, (who, what, stamp) in _read_rows(root, file, ("user", "item"), ("timestamp",), found):
-        if who not in users:
-            users[who] = len(users)
-            if problem := _id_problem(who):
-                found.error(f"{file}:{line}: user {_show(who)} {problem}")
-        seconds = 0.0 if stamp is None else _parse_time(stamp)
-        if not math.isfinite(seconds):
-            cure = "write one in every row (seconds, say), or drop the column"
-            found.error(f"{file}:{line}: timestamp {_show(stamp)} is not a finite number: {cure}")
-        if what in index:
-            user.append(users[who]), item.append(index[what]), time.append(seconds)
-        elif what not in unknown and "items.csv" not in found.broken:       # if it is, nearly all are
-            unknown.add(what)
-            found.error(f"{file}:{line}: item {_show(what)} is not in items.csv: add it, or drop the row")
-    user, item, time = (np.array(column) for column in (user, item, time))
-    pair = user * len(items) + item
-    order = np.lexsort((time, pair))                                # (R,)  by pair, then time, then row
-    keep = np.sort(order[np.unique(pair[order], return_index=True)[1]])     # the earliest of each pair
-    if len(users) < 2 and file not in found.broken:
-        found.error(f"{file}: {len(users)} users below the header: need at least 2")
-    elif not found.errors and np.bincount(user[keep]).max() < 3:
-        found.error(f"{file}: no user has 3 different items: nothing can be held out to test on")
-    found.notice(len(user) - len(keep), f"{file}: {{n}} repeated interactions merged, the earliest kept")
-    found.notice(stamp is None, f"{file}: no timestamps: split by a seeded shuffle")
-    user, item, time = (torch.from_numpy(column[keep]) for column in (user, item, time))
-    return list(users), user, item, None if stamp is None else time
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-def _find_images(root: Path, items: dict[str, int], found: _Findings) -> list[Path]:
-    """The picture of each item. No path is made of an id: it is looked up among the names there are."""
-    named: dict[str, list[Path]] = {}
-    try:
-        names = sorted(os.listdir(root / "images"))
-    except OSError as error:
-        found.error(f"images: {error.strerror}: need a folder that holds ITEM.png (.jpg .jpeg .webp)")
-        return []
-    for name in names:
-        stem, _, suffix = name.rpartition(".")
-        if suffix.lower() in SUFFIXES:
-            named.setdefault(stem, []).append(root / "images" / name)
-    pictures = {item: named.pop(item, []) for item in items}
-    for item, paths in pictures.items():
-        if len(paths) != 1 and not _id_problem(item, is_file_name=True):    # a bad id is reported already
-            has = " and ".join(path.name for path in paths) or "no picture"
-            cure = f"need one images/{_show(item + '.png')[1:-1]} (or .jpg .jpeg .webp)"
-            found.error(f"items.csv:{items[item]}: item {_show(item)} has {has}: {cure}")
-    found.notice(sum(map(len, named.values())), "images: {n} pictures of no item ignored")
-    return [paths[0] for paths in pictures.values() if len(paths) == 1]
+    "Comedy, film  noir,comedy" -> ("comedy", "film noir"); "['a', 'b']" -> ("a", "b"); "" -> ()."""
+    phrases = (phrase.strip("[]'\" ") for phrase in re.split("[,|]", prompt.casefold()))
+    return tuple(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases if phrase.strip()))
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """A picture as RGB, (3, size, size) uint8.
 
-    The whole picture is resized to the square (LANCZOS): nothing of it is lost except its proportions.
-    Turned as its EXIF says; transparency on white; 16-bit grey scaled to 8; first frame of an animation.
+    The whole picture is resized to the square (LANCZOS): nothing of it is lost but its proportions.
+    Turned as its EXIF says; transparency on white; 16-bit grey scaled to 8; first frame of an
+    animation; a large JPEG is decoded at a fraction of its size.
     Raises what Pillow does: OSError, SyntaxError, ValueError, DecompressionBombError and others."""
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
-        file.draft("RGB", (2 * size, 2 * size))     # a large JPEG is decoded at a fraction of its size
+        file.draft("RGB", (2 * size, 2 * size))
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):                  # 16-bit grey: convert("RGB") would clip it at 255
+    # 16-bit grey: convert("RGB") would clip it at 255
+    if image.mode.startswith("I"):
         image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1)     # (3, H, H)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
-def _image_or_problem(root: Path, path: Path, size: int) -> np.ndarray | str:
-    """The picture, or what is wrong with it."""
+# ---- reading a folder --------------------------------------------------------------------------
+
+class _Found:
+    """What was found in a folder so far: what is good, errors, and notices: counts of what is odd.
+
+    place: file and line; gaps: errors of items that may be left out; users, items: number of each
+    id, -1 of an item left out; unknown: number of an id that is not in items.csv; kept: (item,
+    text, prompt, picture) by number; likes: time of each (user, item) number; ids: those of each
+    kind that look alike; pictures: file names by stem."""
+
+    def __init__(self, folder: str | Path, size: int, min_rating: float | None):
+        self.root, self.size, self.min_rating = Path(os.path.realpath(folder)), size, min_rating
+        self.place, self.errors, self.gaps, self.notices = "", [], [], Counter()
+        self.users, self.items, self.unknown, self.kept, self.likes = {}, {}, None, [], {}
+        self.ids, self.pictures = defaultdict(dict), defaultdict(list)
+        if not os.path.isdir(self.root / "images"):
+            raise DataError(f"{folder}: does not exist, or holds no folder images/")
+        for path in sorted(self.root.glob("images/*")):
+            if path.suffix.lower() in SUFFIXES:
+                self.pictures[normalize("NFC", path.stem)].append(path.name)
+
+
+def _inside(root: Path, *parts: str) -> Path:
+    """The path of a file in the folder. No link may lead out of it: it may come from anywhere."""
+    path = Path(os.path.realpath(root.joinpath(*parts)))
+    if path.is_relative_to(root) and path.is_file():
+        return path
+    raise ValueError("no such file in the folder, where links out of it do not count")
+
+
+def _find_columns(found: _Found, file: str, header: list[str]) -> dict[str, str]:
+    """The name in the header of each of COLUMNS[file] that is there."""
+    known = COLUMNS[file]
+    needed = [*known][:2] + ["rating"] * (found.min_rating is not None and "rating" in known)
+    names = {column: name for column in known for name in known[column].split() if name in header}
+    ignored = [name for name in header if name not in names.values()]
+    if not names.keys() >= {*needed} or len(names) + len(ignored) != len(header):
+        raise ValueError(f"the header {_show(','.join(header))} needs {needed}, each once")
+    found.notices[f"columns of {file} ignored: {_show(', '.join(ignored))}"] = len(ignored)
+    if "rating" in names and "rating" not in needed:
+        found.notices[f"column {_show(names['rating'])}: {ALL_LIKES}"] = 1
+    return names
+
+
+def _read(found: _Found, file: str, take: Callable):
+    """take(found, column=value, ...) each row of a CSV file; note what is raised, and where."""
+    found.place = f"{file}:1"
     try:
-        return _file_problem(root, path) or read_image(path, size)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
-    except Image.UnidentifiedImageError:
-        return "not a PNG, JPEG or WebP picture: save it as one"
-    except Exception as error:      # a damaged file makes Pillow's decoders raise nearly anything
-        return f"damaged ({type(error).__name__}: {_show(str(error))}): save it again"
+        data = _inside(found.root, file).read_bytes().removeprefix(codecs.BOM_UTF8)
+        comma = chr(max(b",;\t", key=data.lstrip().partition(b"\n")[0].count))
+        # a NUL, of which UTF-16 is full, is no more welcome than 0xff, which UTF-8 never holds
+        lines = map(bytes.decode, data.replace(b"\0", b"\xff").splitlines(keepends=True))
+        rows = csv.reader(lines, delimiter=comma, strict=True)
+        header = [name.strip().casefold() for name in next(filter(any, rows), [])]
+        found.notices[f"columns of {file} separated by {comma!r}"] = len(header) * (comma != ",")
+        names = _find_columns(found, file, header)
+        found.place = f"{file}:{rows.line_num + 1}"
+        for row in rows:
+            values = dict(zip(header, row))
+            try:
+                if any(map(str.strip, row)):
+                    if len(row) != len(header):
+                        raise ValueError(f"{len(row)} values, but {len(header)} in the header")
+                    take(found, **{column: values[name] for column, name in names.items()})
+            except ValueError as error:
+                found.errors.append(f"{found.place}: {error}")
+                found.items.setdefault(values.get("item"), -1)
+            found.place = f"{file}:{rows.line_num + 1}"
+    except (OSError, ValueError, csv.Error) as error:
+        found.errors.append(f"{found.place}: {error}")
+        found.unknown = -1
 
 
-def _load_images(root: Path, paths: list[Path], size: int, found: _Findings) -> Tensor:
-    """The pictures, (len(paths), 3, size, size) uint8; the unreadable are reported and stay black."""
-    images = np.zeros((len(paths), 3, size, size), np.uint8)
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")                                     # remarks about odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)      # Pillow raises at twice its limit
-        read = pool.map(lambda path: _image_or_problem(root, path, size), paths)
-        for n, image in enumerate(read):
-            if isinstance(image, str):
-                found.error(f"images/{_show(paths[n].name)[1:-1]}: {image}")
-            else:
-                images[n] = image
-    return torch.from_numpy(images)
+def _check_id(found: _Found, kind: str, name: str):
+    """ValueError unless this can be an id."""
+    if not name.strip() or NOT_IN_ID[kind].search(name) or len(name) > MAX_ID:
+        raise ValueError(f"{kind} {_show(name)} cannot be an id")
+    found.ids[kind, _plain(name)][name] = None
 
 
-# ---- the data set ------------------------------------------------------------------------------------------
+def _take_item(found: _Found, item: str, text: str, prompt: str = ""):
+    """Keep an item and its picture, or note what it lacks."""
+    _check_id(found, "item", item)
+    if item in found.items:
+        raise ValueError(f"item {_show(item)} is there twice")
+    found.items[item] = -1
+    files = found.pictures.pop(normalize("NFC", item), [])
+    try:
+        if not text.strip() or len(files) != 1:
+            raise ValueError("need one of each")
+        image = read_image(_inside(found.root, "images", files[0]), found.size)
+        found.items[item] = len(found.kept)
+        found.kept.append((item, text, parse_prompt(prompt)[:MAX_PHRASES], image))
+        found.notices["prompts split at | or [...] as at commas"] += "|" in prompt or "[" in prompt
+        found.notices["prompts cut to 16 phrases"] += len(parse_prompt(prompt)) > MAX_PHRASES
+    # a damaged file makes Pillow's decoders raise nearly anything
+    except Exception as error:
+        has = f"item {_show(item)} has text {_show(text)} and pictures {_show(files)}"
+        found.gaps.append(f"{found.place}: {has}: {CONTROL.sub(' ', str(error))}")
 
-def split_by_time(user: Tensor, time: Tensor | None, seed: int) -> Tensor:
-    """Train, validation or test part of each interaction: per user 8:1:1 by time, the latest in test.
 
-    Of n interactions, max(1, round(n / 10)) (half rounds up) are test, as many before them validation; n < 3:
-    all are train. Equal times, or all where there are none, are put in order by a shuffle from `seed`.
-    user (R,) int64 >= 0; time (R,) any real dtype, not NaN, or None.
-    Returns (R,) int8 of TRAIN, VALID, TEST.
-    Raises ValueError if user and time differ in shape."""
-    if time is not None and time.shape != user.shape:
-        raise ValueError(f"split_by_time: user is {tuple(user.shape)} but time is {tuple(time.shape)}; "
-                         "need one time per interaction, or None")
-    order = torch.randperm(len(user), generator=torch.Generator().manual_seed(seed))
-    if time is not None:
-        order = order[time[order].argsort(stable=True)]
-    order = order[user[order].argsort(stable=True)]                 # (R,)  by user, then time, then chance
-    count = user.bincount()                                         # (U,)
-    held = torch.where(count < 3, 0, ((count + 5) // 10).clamp(min=1))[user[order]]     # (R,)  size of test
-    age = count.cumsum(0)[user[order]] - torch.arange(len(user))    # (R,)  1 for the user's latest, 2 ...
-    part = torch.empty(len(user), dtype=torch.int8)
-    part[order] = (age <= 2 * held).to(torch.int8) + (age <= held).to(torch.int8)
-    return part
+def _take_like(found: _Found, user: str, item: str, timestamp: str = "0", rating: str = ""):
+    """Keep a user and an item at their earliest time."""
+    number = found.items.get(item, found.unknown)
+    if number is None:
+        near = [f"; did you mean {_show(name)}?" for name in found.ids["item", _plain(item)]]
+        raise ValueError(f"item {_show(item)} is not in items.csv{''.join(near)}")
+    _check_id(found, "user", user)
+    time = _number("timestamp", timestamp)
+    if found.min_rating is not None and _number("rating", rating) < found.min_rating:
+        found.notices[f"interactions rated below {found.min_rating:g} left out"] += 1
+    elif number < 0:
+        found.notices["interactions with these items left out"] += 1
+    else:
+        pair = found.users.setdefault(user, len(found.users)), number
+        found.notices["repeated interactions merged, the earliest kept"] += pair in found.likes
+        found.likes[pair] = min(time, found.likes.get(pair, time))
+
+
+def _raise_errors(found: _Found, gaps: list[str]):
+    """DataError with the first MAX_LISTED errors of each file; more are in a temporary file."""
+    errors = found.errors + gaps
+    lines = [f"{found.root}: {len(errors):,} problem(s) in the data"]
+    for file in COLUMNS:
+        lines += [error[:300] for error in errors if error.startswith(file)][:MAX_LISTED]
+    if len(lines) <= len(errors):
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", delete=False) as file:
+            file.write("\n".join(errors))
+        lines.append(f"... the whole list is in {file.name}")
+    if errors:
+        lines += str(DataError.__doc__).split("\n")[2:]
+        lines += ["or --drop-incomplete leaves such items out"] * bool(gaps)
+        raise DataError("\n  ".join(lines))
+
+
+# ---- the data set ------------------------------------------------------------------------------
+
+def split_by_time(user: Tensor, time: Tensor, seed: int) -> Tensor:
+    """Train, validation or test part of each interaction: per user 8:1:1 by time, the latest test.
+
+    Of n interactions, max(1, round(n / 10)) (half rounds up) are test, as many before them
+    validation; n < 3: all are train. Equal times are put in order by a shuffle from `seed`.
+    user (R,) int64 >= 0; time (R,) any real dtype, not NaN.
+    Returns (R,) int8 of TRAIN, VALID, TEST. Raises ValueError if user and time differ in shape."""
+    chance = torch.randperm(len(user), generator=torch.Generator().manual_seed(seed)).argsort()
+    order = torch.from_numpy(np.lexsort((chance, time, user)))
+    count = user.bincount()
+    held = torch.where(count < 3, 0, ((count + 5) // 10).clamp(min=1))[user[order]]
+    # (R,)  1 for the user's latest, 2 for the one before it, and so on
+    age = count.cumsum(0)[user[order]] - torch.arange(len(user))
+    part = (age <= 2 * held).to(torch.int8) + (age <= held).to(torch.int8)
+    return part[order.argsort()]
 
 
 @dataclass(eq=False)
 class Dataset:
-    """What users liked, and the text, picture and prompt of each item; made by Dataset.load."""
-    name: str                       # of the folder
-    user_ids: list[str]             # U, in order of appearance in interactions.csv
-    item_ids: list[str]             # I, in the order of items.csv
-    texts: list[str]                # I
-    prompts: list[tuple[str, ...]]  # I, parse_prompt's phrases, at most MAX_PHRASES, possibly none
-    words: list[str]                # sorted vocabulary of the prompts' phrases
-    images: Tensor                  # (I, 3, H, H) uint8 RGB
-    user: Tensor                    # (R,) int64 in [0, U); each (user, item) once, in the file's order
-    item: Tensor                    # (R,) int64 in [0, I)
-    time: Tensor | None             # (R,) float64, the earliest of the pair, in the data's unit
-    part: Tensor                    # (R,) int8, TRAIN, VALID or TEST
-    notices: list[str]              # what was repaired or ignored, a line each
+    """What users liked, and the text, picture and prompt of each item; made by Dataset.load.
+
+    prompts: parse_prompt's phrases, at most MAX_PHRASES; words: the sorted vocabulary of all.
+    images (I, 3, H, H) uint8 RGB. user (R,) int64 in [0, U), item (R,) int64 in [0, I): each pair
+    once; time (R,) float64, its earliest, in the data's unit, 0 where the data has none;
+    part (R,) int8: TRAIN, VALID or TEST. notices: what was repaired or ignored, a line each."""
+    name: str
+    user_ids: list[str]
+    item_ids: list[str]
+    texts: list[str]
+    prompts: list[tuple[str, ...]]
+    words: list[str]
+    images: Tensor
+    user: Tensor
+    item: Tensor
+    time: Tensor
+    part: Tensor
+    notices: list[str]
 
     def pairs(self, part: int) -> tuple[Tensor, Tensor]:
         """(user, item) of the interactions in TRAIN, VALID or TEST."""
@@ -378,49 +320,55 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Digest of all that training reads."""
-        digest = hashlib.sha256(repr((self.user_ids, self.item_ids, self.texts, self.prompts)).encode())
-        for x in (self.user, self.item, self.part, self.images):
-            digest.update(x.numpy())
-        return digest.hexdigest()
+        ids = repr((self.user_ids, self.item_ids, self.texts, self.prompts)).encode()
+        tensors = [x.numpy().tobytes() for x in (self.user, self.item, self.part, self.images)]
+        return hashlib.sha256(b"".join([ids, *tensors])).hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path, image_size: int, seed: int) -> "Dataset":
-        """Read and check a folder in the format above; nothing is written, and nothing outside it is read.
+    def load(cls, folder: str | Path, image_size: int, seed: int, min_rating: float | None = None,
+             drop_incomplete: bool = False) -> "Dataset":
+        """Read and check a folder in the format that DataError states; nothing in it is written.
 
-        image_size: H, pixels; seed: of split_by_time.
-        Raises DataError with all that is wrong (file, line, value, cure); ValueError if image_size < 1."""
-        if image_size < 1:
-            raise ValueError(f"Dataset.load: image_size={image_size}: need image_size >= 1")
-        if not os.path.isdir(folder):
-            what = "is not a folder" if os.path.exists(folder) else "does not exist"
-            raise DataError(f"{folder}: {what}: need a folder with interactions.csv, items.csv and images/")
-        root, found = Path(os.path.realpath(folder)), _Findings()
-        items, texts, prompts = _read_items(root, found)
-        images = _load_images(root, _find_images(root, items, found), image_size, found)
-        user_ids, user, item, time = _read_interactions(root, items, found)
-        found.raise_if_any(folder)
-
-        liked, degree = item.bincount(minlength=len(items)), user.bincount()
-        found.notice(int((liked == 0).sum()), "interactions.csv: {n} items liked by nobody are kept")
-        found.notice(int((degree < 3).sum()), "interactions.csv: {n} users of fewer than 3 items only train")
-        found.notice(int((degree == len(items)).sum()), "interactions.csv: {n} users like every item")
-        words = sorted({phrase for phrases in prompts for phrase in phrases})
-        part = split_by_time(user, time, seed)
-        return cls(root.name, user_ids, list(items), texts, prompts, words, images, user, item, time, part,
-                   found.notices)
+        image_size: H, pixels; seed: of split_by_time; min_rating: of an interaction that counts,
+        None: all do; drop_incomplete: leave out items without a text or a readable picture.
+        Raises DataError with all that is wrong (file, line, value) and what is needed."""
+        found = _Found(folder, image_size, min_rating)
+        with warnings.catch_warnings():
+            # Pillow raises at twice its limit
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _read(found, "items.csv", _take_item)
+        _read(found, "interactions.csv", _take_like)
+        _raise_errors(found, [] if drop_incomplete else found.gaps)
+        found.notices["items without a text or a readable picture left out"] = len(found.gaps)
+        users, n = list(found.users), len(found.kept)
+        most = max(Counter(user for user, _ in found.likes).values(), default=0)
+        if min(len(users), n, most - 1) < 2:
+            raise DataError(f"{folder}: {len(users)} users, {n} items, {most} of one; need 2, 2, 3")
+        items, texts, prompts, images = map(list, zip(*found.kept))
+        user, item = torch.tensor(list(found.likes)).T.contiguous()
+        time = torch.tensor(list(found.likes.values()), dtype=torch.float64)
+        found.notices["time for all interactions: split by a shuffle"] = len(time.unique()) == 1
+        twins = [f"{' and '.join(map(_show, ids))} are different {kind}s"
+                 for (kind, _), ids in found.ids.items() if len(ids) > 1]
+        found.notices[f"ids have a twin: {', '.join(twins[:3])}: did you mean one?"] = len(twins)
+        notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
+        words, part = sorted(set(chain(*prompts))), split_by_time(user, time, seed)
+        return cls(found.root.name, users, items, texts, prompts, words,
+                   torch.from_numpy(np.stack(images)), user, item, time, part, notices)
 
 
 def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
-    """Put a share of the users, at random, into part NEW. Their history and test (user, item) (2, E), in the order of time."""
-    time = np.arange(len(data.user)) if data.time is None else data.time
-    order = torch.from_numpy(np.lexsort((time, data.user)))         # (R,)  by user, then time, then row
-    able = (data.user.bincount(minlength=len(data.user_ids)) >= 3).nonzero()[:, 0]
+    """Put a share of the users, drawn at random, into part NEW.
+
+    Returns their "history" and "test" interactions, (user, item) (2, E), in the order of time."""
+    able = (data.user.bincount() >= 3).nonzero()[:, 0]
     able = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))]
     new = able[:min(int(share * len(data.user_ids)), len(able) - 2)]
+    order = torch.from_numpy(np.lexsort((data.time, data.user)))
     order = order[torch.isin(data.user[order], new)]
-    rows = {name: order[data.part[order] == part] for name, part in (("history", TRAIN), ("test", TEST))}
+    pairs, part = torch.stack([data.user, data.item])[:, order], data.part[order]
     data.part[order] = NEW
-    return {name: torch.stack([data.user[row], data.item[row]]) for name, row in rows.items()}
+    return {"history": pairs[:, part == TRAIN], "test": pairs[:, part == TEST]}
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
