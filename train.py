@@ -8,7 +8,6 @@
 
 A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/ (--out). It can be killed at
 any time: all randomness is a function of (seed, stage, step), so a resumed run ends with the same bits.
-
 Shapes: as in dppmg.py; A attributes of a sticker.
 """
 from __future__ import annotations
@@ -1064,11 +1063,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """Arguments, and the settings that were given: group -> name -> value."""
     parser = OneLineParser(prog="train.py", description="Train DPPMG, evaluate it, report.", allow_abbrev=False)
     parser.add_argument("--data", help="data folder, in the format that dppmg.py describes; none: stickers")
+    parser.add_argument("--min-rating", type=float, metavar="R", help="what is rated lower is no like")
+    parser.add_argument("--drop-incomplete", action="store_true", help="leave incomplete items out")
     parser.add_argument("--out", help="folder of the run (runs/NAME, the first that is free)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest unfinished one")
     parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
-    parser.add_argument("--study", choices=SHARED,
-                        help="several runs side by side: pareto (reward weights), bits (codebook sizes)")
+    parser.add_argument("--study", choices=SHARED, help="runs side by side: pareto (reward weights), bits (codes)")
     parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--width", type=int, help="shorthand for --text-width and --image-width")
     parser.add_argument("--layers", type=int, help="shorthand for --text-layers and --image-layers")
@@ -1106,7 +1106,7 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
         if not (folder / "interactions.csv").exists():
             write_settings(out, asked)          # first: what is killed while it draws can be resumed
             write_stickers(folder, world, seed)
-    data = Dataset.load(folder, size, seed)
+    data = Dataset.load(folder, size, seed, args.min_rating, args.drop_incomplete)
     out, found, args.study = out or free_folder(data.name), data.fingerprint(), asked["study"]
     if asked.setdefault("fingerprint", found) != found:
         raise ValueError(f"{out}: the data has changed since this run began; choose another --out")
