@@ -1,21 +1,20 @@
-"""Modal-specific graph network: interactions -> one preference per user and modality (DPPMG stage 1).
-    x_u^0 = e_u        x_i^0 = W f_i                                   ModalGNN
-    x^(k+1) = D^-1/2 A D^-1/2 x^k        p = mean_k x^k                build_graph, spmm, propagate
-    loss = -log sigmoid(score(u, pos) - score(u, neg))                 sample_triplets, bpr_loss
-Sources: LightGCN (arXiv 2002.02126v4) for the graph; FREEDOM (arXiv 2211.06924) for one BPR term a modality.
-Shapes: U users, I items, N = U+I nodes, E edges (interactions), D width, F features, M modalities, B batch,
-C candidates (sampling) or chunk of users (ranking)."""
-from __future__ import annotations
+"""Modal-specific graph network: interactions -> a preference per user and modality (stage 1).
 
-import math
+    x_u^0 = e_u        x_i^0 = W f_i                        ModalGNN
+    x^(k+1) = S x^k    S = D^-1/2 A D^-1/2                  build_graph, spmm
+    p = mean of x^0, ..., x^L                               propagate
+    loss = -log sigmoid(score(u, pos) - score(u, neg))      sample_triplets, bpr_loss
+
+Sources: LightGCN (arXiv 2002.02126v4) for the graph, FREEDOM (arXiv 2211.06924) for one BPR term a
+modality. Shapes: U users, I items, N = U + I nodes, E edges (interactions), D width, F features,
+M modalities, L layers, V words, B batch, C users ranked at once, H interactions of some users."""
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -23,73 +22,66 @@ class GNNConfig:
     dim: int = 64         # D, width of an embedding and of a preference
     layers: int = 2       # L, products with the graph (2002.02126v4 has 1 to 4)
     lr: float = 0.003     # step size of Adam
-    l2: float = 1e-3      # weight of a triplet's squared layer-0 embeddings (2002.02126v4, eq. 15: 1e-4)
+    l2: float = 1e-3      # weight of a triplet's squared layer-0 embeddings (2002.02126v4: 1e-4)
     batch: int = 2048     # triplets (user, liked item, other item) a step
-    candidates: int = 1   # other items drawn a triplet, the best-scored of which counts; 1: uniform negatives
     steps: int = 200      # optimizer steps
 
-    def __post_init__(self):
-        for name, low in dict(dim=1, layers=1, lr=0, l2=0, batch=1, candidates=1, steps=0).items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"GNNConfig.{name}={value}: need a finite number >= {low}")
 
-
-# -------------------------------------------------------------------------- the graph and its product
+# ---- the graph and its product
 
 class Graph(NamedTuple):
-    """Symmetric-normalized adjacency of users 0..U-1 and items U..N-1 in CSR, and what sampling needs."""
-    row_ptr: Tensor     # (N+1,) int: the neighbours of node n are col[row_ptr[n]:row_ptr[n+1]]
-    col: Tensor         # (2E,)  int, ascending within a row; the first E are U + the users' items
-    weight: Tensor      # (2E,)  float: (degree(n) degree(neighbour))^-1/2
-    skip_key: Tensor    # (E,)   int64 ascending: u (I+1) + (p_j - j) for the j-th (from 0) item p_j of user u
-    active: Tensor      # (<=U,) int64: users with an item they like and an item they do not
+    """Nodes 0..U-1 are users, U..N-1 items; A joins a user with each item that the user likes, D
+    holds the degrees. S = D^-1/2 A D^-1/2 has two entries for each interaction, kept sorted by row,
+    then by column, so that the users' rows come first."""
+    row_ptr: Tensor   # (N+1,) node n has the entries row_ptr[n], ..., row_ptr[n+1] - 1
+    row: Tensor       # (2E,) a node
+    col: Tensor       # (2E,) its neighbour
+    weight: Tensor    # (2E,) (degree(row) degree(col))^-1/2
+    skip_key: Tensor  # (E,) ascending, see sample_negatives
+    active: Tensor    # (at most U,) users with an item they like and an item they do not
     n_users: int
     n_items: int
+    matrix: Tensor | None = None    # on CUDA: S again, as a sparse CSR matrix of torch
 
-    def to(self, device: torch.device | str) -> Graph:
-        """The same graph, its tensors on `device`."""
-        return Graph(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+    def to(self, device: torch.device | str) -> "Graph":
+        """The same graph on `device`; on CUDA with the matrix that every product there takes."""
+        graph = Graph(*(x.to(device) if isinstance(x, Tensor) else x for x in self[:-1]))
+        return graph._replace(matrix=graph.csr()) if graph.col.is_cuda else graph
 
+    def csr(self) -> Tensor:
+        """S as a sparse CSR matrix (N, N) of torch, in the same memory."""
+        parts, n = (self.row_ptr, self.col, self.weight), len(self.row_ptr) - 1
+        return torch.sparse_csr_tensor(*parts, (n, n), check_invariants=False)
 
-def symmetric_csr(matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """scipy sparse (N, N) -> row_ptr (N+1,), col (nnz,) ascending within a row, weight (nnz,) float32.
-    Indices are int32 where they fit: a product reads one per edge, and is a third faster for it.
-    Raises ValueError unless the matrix equals its transpose, which the backward pass of spmm relies on."""
-    csr = scipy.sparse.csr_array(matrix).astype(np.float32)
-    csr.sum_duplicates()                                    # sorts the rows as well
-    mirror, parts = csr.T.tocsr(), ("indptr", "indices", "data")
-    if csr.shape != mirror.shape or any((getattr(csr, p) != getattr(mirror, p)).any() for p in parts):
-        raise ValueError(f"symmetric_csr: this {csr.shape[0]} x {csr.shape[1]} matrix differs from its "
-                         "transpose, so spmm's gradient would be wrong; normalize as D^-1/2 A D^-1/2")
-    index = np.int32 if max(csr.nnz, *csr.shape) < 2**31 else np.int64
-    return (torch.from_numpy(csr.indptr.astype(index)), torch.from_numpy(csr.indices.astype(index)),
-            torch.from_numpy(csr.data))
+    def pairs(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Interactions of the users low, ..., high - 1: (user - low, item), (H,) each."""
+        entries = slice(self.row_ptr[low], self.row_ptr[high])
+        return self.row[entries] - low, self.col[entries] - self.n_users
 
 
 def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph:
-    """Interactions -> Graph of D^-1/2 A D^-1/2 with A = [[0, R], [R^T, 0]] (2002.02126v4, eq. 6 and 7).
-    user, item (E,) integers in [0, n_users) and [0, n_items); repeated pairs count once; a node may have no
-    edge. Made once, on the CPU; move it with .to(). Raises ValueError for unequal lengths and unknown ids."""
-    user, item = (torch.as_tensor(ids).long().cpu().numpy() for ids in (user, item))
+    """Interactions -> graph: S = D^-1/2 A D^-1/2, A = [[0, R], [R^T, 0]] (2002.02126v4, eq. 6, 7).
+    user, item (E,) integers in [0, n_users) and [0, n_items); repeated pairs count once, and a node
+    may have no edge. The graph lies on the CPU; move it with .to().
+    Raises ValueError for unequal lengths and for ids out of range."""
     if user.shape != item.shape or user.ndim != 1:
-        raise ValueError(f"build_graph: user is {user.shape} but item is {item.shape}; need (E,) and (E,)")
+        raise ValueError(f"build_graph: need (E,), not {tuple(user.shape)}, {tuple(item.shape)}")
     for name, ids, n in (("user", user, n_users), ("item", item, n_items)):
-        if ids.size and (ids.min() < 0 or ids.max() >= n):
-            raise ValueError(f"build_graph: {name} ids lie in [{ids.min()}, {ids.max()}]; need 0 <= id < {n}")
-    n = n_users + n_items
-    ones = np.ones(user.size, np.float32)
-    likes = scipy.sparse.coo_array((ones, (user, n_users + item)), shape=(n, n)).tocsr()
-    adj = (likes + likes.T).tocoo()                         # tocsr() has merged repeated pairs
-    scale = 1 / np.sqrt(np.maximum(np.bincount(adj.row, minlength=n), 1))       # (N,) degree^-1/2
-    adj.data = scale[adj.row] * scale[adj.col]
-    row_ptr, col, weight = symmetric_csr(adj)
-    degree = row_ptr[:n_users + 1].long().diff()                                # (U,)
-    owner = torch.arange(n_users).repeat_interleave(degree)                     # (E,) user of each edge
-    nth = torch.arange(len(owner)) - row_ptr[owner]                             # (E,) j of a user's j-th item
-    skip_key = owner * (n_items + 1) + (col[:len(owner)] - n_users - nth)       # (E,)
-    active = torch.nonzero((degree > 0) & (degree < n_items)).squeeze(1)
-    return Graph(row_ptr, col, weight, skip_key, active, n_users, n_items)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < n:
+            raise ValueError(f"build_graph: {name}s {ids.min()} to {ids.max()}, need 0 to {n - 1}")
+    n_nodes = n_users + n_items
+    user, item = user.long().cpu(), n_users + item.long().cpu()     # as nodes
+    # each edge in both directions, as one number; sorted and each once
+    edges = torch.cat([user * n_nodes + item, item * n_nodes + user]).unique()
+    row, col = edges // n_nodes, edges % n_nodes                    # (2E,)
+    degree = row.bincount(minlength=n_nodes)                        # (N,)
+    weight = (degree[row] * degree[col]).rsqrt()                    # (2E,)
+    row_ptr = F.pad(degree.cumsum(0), (1, 0))                       # (N+1,)
+    nth = torch.arange(len(row)) - row_ptr[row]                     # col is row's nth neighbour
+    skip_key = (row * n_items + col - n_users - nth).chunk(2)[0]    # (E,) of the users' rows
+    n_liked = degree[:n_users]
+    active = ((n_liked > 0) & (n_liked < n_items)).nonzero()[:, 0]
+    return Graph(row_ptr, row, col, weight, skip_key, active, n_users, n_items)
 
 
 def _bag_product(graph: Graph, x: Tensor) -> Tensor:
@@ -99,448 +91,340 @@ def _bag_product(graph: Graph, x: Tensor) -> Tensor:
 
 
 def _csr_product(graph: Graph, x: Tensor) -> Tensor:
-    """The vendor's sparse product (cuSPARSE on its GPUs)."""
-    n = len(graph.row_ptr) - 1
-    weight = graph.weight.to(x.dtype)
-    return torch.sparse_csr_tensor(graph.row_ptr, graph.col, weight, (n, n), check_invariants=False) @ x
+    """The vendor's sparse product."""
+    return graph.matrix.to(x.dtype) @ x
 
 
 def _index_add_product(graph: Graph, x: Tensor) -> Tensor:
     """One message per edge, added up at its node: slow, but every device can."""
-    row = torch.repeat_interleave(graph.row_ptr.diff(), output_size=len(graph.col))              # (2E,)
-    return torch.zeros_like(x).index_add_(0, row, graph.weight.to(x.dtype)[:, None] * x[graph.col])
+    message = graph.weight.to(x.dtype)[:, None] * x[graph.col]          # (2E, D)
+    return torch.zeros_like(x).index_add_(0, graph.row, message)
 
 
-_PRODUCT = {"cpu": _bag_product, "meta": _bag_product, "mps": _index_add_product}   # else _csr_product
+# other devices: _index_add_product
+_PRODUCT = {"cpu": _bag_product, "meta": _bag_product, "cuda": _csr_product}
 
 
 class _SymmetricMap(torch.autograd.Function):
-    """y = S x with S = S^T, so dL/dx = S^T dL/dy is the same map: no transposition, nothing to save."""
+    """y = S x with S = S^T, so dL/dx = S^T dL/dy is the same map: no transpose, nothing to save."""
 
     @staticmethod
     def forward(ctx, x, apply_map):
         """x (N, D), apply_map: x -> S x."""
         ctx.apply_map = apply_map
-        return apply_map(x.detach())                # detached: embedding_bag then keeps no books of its own
+        return apply_map(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """dL/dy (N, D) -> dL/dx (N, D), by the same map."""
-        return ctx.apply_map(grad.contiguous()), None
-
-
-def _check_rows(graph: Graph, x: Tensor) -> None:
-    """ValueError unless x has one row per node."""
-    if x.ndim != 2 or len(x) != len(graph.row_ptr) - 1:
-        raise ValueError(f"spmm: x is {tuple(x.shape)} but the graph has {len(graph.row_ptr) - 1} nodes "
-                         f"({graph.n_users} users + {graph.n_items} items); give one row per node")
+        """dL/dy (N, D) -> dL/dx (N, D); apply_map has no gradient."""
+        return ctx.apply_map(grad), None
 
 
 def spmm(graph: Graph, x: Tensor) -> Tensor:
-    """D^-1/2 A D^-1/2 x: x (N, D) -> (N, D) of x's dtype, differentiable (once) in x (2002.02126v4, eq. 7).
-    Time grows with edges x D, memory with nodes x D. Raises ValueError unless x has one row per node."""
-    _check_rows(graph, x)
-    product = _PRODUCT.get(x.device.type, _csr_product)
+    """S x: x (N, D) -> (N, D) of x's dtype, differentiable in x (2002.02126v4, eq. 7).
+    Raises ValueError unless x has one row per node."""
+    n_nodes = graph.n_users + graph.n_items
+    if x.ndim != 2 or len(x) != n_nodes:
+        raise ValueError(f"spmm: x is {tuple(x.shape)}; give each of the {n_nodes} nodes a row")
+    product = _PRODUCT.get(x.device.type, _index_add_product)
     return _SymmetricMap.apply(x, lambda x: product(graph, x))
 
 
-def _mean_of_layers(graph: Graph, x: Tensor, layers: int) -> Tensor:
-    """1/(layers+1) sum_k S^k x in x's dtype: (N, D) -> (N, D)."""
-    total = x.clone()
-    for _ in range(layers):
-        x = spmm(graph, x)                          # (N, D)
-        total += x
-    return total.div_(layers + 1)
-
-
 def propagate(graph: Graph, x0: Tensor, layers: int) -> Tensor:
-    """Layer-0 embeddings (N, D) -> (N, D), the mean of layers 0..layers, x^(k+1) = spmm(x^k) (2002.02126v4,
-    eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only x0 is learnt.
-    A mean of powers of a symmetric matrix is symmetric: the whole propagation is its own backward pass.
-    Raises ValueError as spmm does."""
-    return _SymmetricMap.apply(x0, lambda x: _mean_of_layers(graph, x, layers))
+    """Layer-0 embeddings (N, D) -> the mean (N, D) of layers 0, ..., `layers`, x^(k+1) = S x^k
+    (2002.02126v4, eq. 3, 4 and 8, alpha_k = 1/(layers+1)). Neither weights nor non-linearity: only
+    x0 is learnt. Raises ValueError as spmm does."""
+    x, total = x0, x0
+    for _ in range(layers):
+        x = spmm(graph, x)
+        total = total + x
+    return total / (layers + 1)
 
 
-class _HalfMean:
-    """Rows of the mean of layers 0..layers, and the way back from them, with products in bf16: half the bytes, which are what
-    a product takes its time for. With y^k = D^-1/2 x^k a product is y^(k+1) = D^-1 A y^k: bags without weights, faster again.
-    nodes (K,) int64, each once; layers > 0."""
-
-    def __init__(self, graph: Graph, layers: int, nodes: Tensor, dtype: torch.dtype):
-        degree = graph.row_ptr.diff()
-        self.graph, self.layers, self.nodes, self.count = graph, layers, nodes, degree[nodes]
-        self.root = degree.clamp(min=1).to(dtype).sqrt()[:, None]                   # (N, 1) D^1/2
-
-    def _spread(self, y: Tensor) -> Tensor:
-        """y + P y + ... + P^(layers-1) y, P = D^-1 A, by Horner's rule: (N, D) -> (N, D)."""
-        first, inverse = y, self.root.square().reciprocal().bfloat16()
-        for _ in range(self.layers - 1):
-            y = torch.addcmul(first, self._sum(y), inverse)
-        return y
-
-    def _sum(self, y: Tensor) -> Tensor:
-        """A y: the sum of each node's neighbours, (N, D) -> (N, D)."""
-        return F.embedding_bag(self.graph.col, y, self.graph.row_ptr, mode="sum", include_last_offset=True)
-
-    def _sum_at_nodes(self, y: Tensor) -> Tensor:
-        """(A y)[nodes], (N, D) -> (K, D). Where they have few of the edges, by looking at these alone: to list an edge takes
-        the time of three in a product of all."""
-        ends = self.count.cumsum(0, dtype=self.count.dtype)                         # (K,)
-        if 4 * int(self.count.sum()) > len(self.graph.col):
-            return self._sum(y)[self.nodes]
-        first = ends - self.count
-        edge = torch.repeat_interleave(self.graph.row_ptr[self.nodes] - first, self.count)
-        edge += torch.arange(len(edge), dtype=edge.dtype, device=edge.device)
-        return F.embedding_bag(self.graph.col[edge], y, first, mode="sum")
-
-    def rows(self, x0: Tensor) -> Tensor:
-        """Layer-0 embeddings (N, D) -> the mean of the layers at the nodes (K, D)."""
-        near = self._sum_at_nodes(self._spread((x0 / self.root).bfloat16())).to(x0.dtype)
-        return torch.addcdiv(x0[self.nodes], near, self.root[self.nodes]).div_(self.layers + 1)
-
-    def back(self, grad: Tensor) -> Tensor:
-        """Gradient in rows (K, D) -> in x0 (N, D)."""
-        y = grad.new_zeros(len(self.root), grad.shape[1], dtype=torch.bfloat16)
-        y[self.nodes] = (grad / self.root[self.nodes]).bfloat16()
-        total = self._sum(self._spread(y)).to(grad.dtype).div_(self.root * (self.layers + 1))
-        return total.index_add_(0, self.nodes, grad, alpha=1 / (self.layers + 1))
-
-
-class _Rows(torch.autograd.Function):
-    """Rows of the mean of layers and of x0: together, so that the backward pass fills one (N, D) and not three."""
-
-    @staticmethod
-    def forward(ctx, x0, nodes, graph, layers, half):
-        """x0 (N, D), nodes (K,) int64, with half each once -> (K, D), (K, D)."""
-        ctx.save_for_backward(nodes)
-        ctx.graph, ctx.layers = graph, layers
-        ctx.mean = _HalfMean(graph, layers, nodes, x0.dtype) if half else None
-        return ctx.mean.rows(x0) if half else _mean_of_layers(graph, x0, layers)[nodes], x0[nodes]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, own_grad):
-        """Gradients in both (K, D) -> in x0 (N, D)."""
-        nodes, = ctx.saved_tensors
-        if ctx.mean:
-            total = ctx.mean.back(grad)
-        else:
-            total = grad.new_zeros(len(ctx.graph.row_ptr) - 1, grad.shape[1]).index_add_(0, nodes, grad)
-            total = _mean_of_layers(ctx.graph, total, ctx.layers)
-        return total.index_add_(0, nodes, own_grad), None, None, None, None
-
-
-def propagated_rows(graph: Graph, x0: Tensor, nodes: Tensor, layers: int, half: bool = False) -> tuple[Tensor, Tensor]:
-    """propagate(graph, x0, layers)[nodes] and x0[nodes]: x0 (N, D), nodes (...) int64 -> (..., D) each, differentiable
-    (once) in x0, with less to do than by indexing. half: for build_graph's weights, in fp32 on the CPU, the layers after
-    x0 in bf16 (DEVIATION 25): what they add is right to 0.4 %. Elsewhere it changes nothing. Raises ValueError as spmm does."""
-    _check_rows(graph, x0)
-    half = half and layers > 0 and x0.dtype == torch.float32 and x0.device.type == "cpu"
-    once, place = nodes.unique(return_inverse=True) if half else (nodes.flatten(), None)
-    rows = _Rows.apply(x0, once, graph, layers, half)
-    return tuple(F.embedding(place, part) if half else part.reshape(*nodes.shape, x0.shape[1]) for part in rows)
-
-
-# -------------------------------------------------------------------- what is learnt: liked above other
+# ---- what is learnt: liked above other
 
 def bpr_loss(pos_score: Tensor, neg_score: Tensor) -> Tensor:
-    """Mean of -log sigmoid(pos - neg), any shape -> () nats (BPR, arXiv 1205.2618); ln 2 is no preference."""
+    """Mean of -log sigmoid(pos - neg) (BPR, arXiv 1205.2618): scores of any shape -> () nats.
+    Equal scores give ln 2."""
     return F.softplus(neg_score - pos_score).mean()
 
 
-def sample_negatives(graph: Graph, user: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One item for each entry of user (any shape, int64) -> the same shape, int64: uniform over the items the
-    user has not; exact, without rejection. Of those, the r-th (from 0) is r + #{j : p_j - j <= r}, where
-    p_0 < p_1 < ... are the user's items; all users' p_j - j lie in one ascending vector, so one searchsorted
-    counts them. A user who has every item gets n_items, which is no item and an error as an index;
-    sample_triplets draws no such user."""
-    start = graph.row_ptr[user].long()                                          # (B,) edges of earlier users
-    n_free = graph.n_items - (graph.row_ptr[user + 1] - start)                  # (B,)
-    r = torch.randint(2**62, user.shape, generator=generator, device=user.device) % n_free.clamp(min=1)
-    return r + torch.searchsorted(graph.skip_key, user * (graph.n_items + 1) + r, right=True) - start
+def draw_below(bound: Tensor, generator: Generator | None = None) -> Tensor:
+    """A uniform random integer in [0, bound) for each entry of bound (any shape, > 0): int64."""
+    # as good as uniform, because 2^62 dwarfs every bound
+    return torch.randint(2**62, bound.shape, generator=generator, device=bound.device) % bound
 
 
-def sample_positives(graph: Graph, user: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One of each user's items, uniform: user (B,) int64, users who have an item -> (B,) int64."""
-    start = graph.row_ptr[user].long()                                          # (B,)
-    r = torch.randint(2**62, user.shape, generator=generator, device=user.device)
-    return graph.col[start + r % (graph.row_ptr[user + 1] - start)].long() - graph.n_users
+def sample_positives(graph: Graph, user: Tensor, generator: Generator | None = None) -> Tensor:
+    """One of the items that each user has, uniform.
+    user: any shape, int64, users who have an item -> items, the same shape, int64."""
+    start, end = graph.row_ptr[user], graph.row_ptr[user + 1]
+    return graph.col[start + draw_below(end - start, generator)] - graph.n_users
 
 
-def sample_triplets(graph: Graph, batch: int, generator: torch.Generator | None = None, candidates: int = 1):
-    """user (B,), pos (B,), neg (B,) or, for several candidates, (B, C): int64. The user is uniform (recall is
-    a mean over users, so each counts the same), pos uniform over the user's items, neg over the others. Users
-    without an item, or with all of them, are left out. Ascending by user: neighbouring look-ups then share
-    cache lines, which makes them three times faster. Raises ValueError if nobody is left."""
+def sample_negatives(graph: Graph, user: Tensor, generator: Generator | None = None) -> Tensor:
+    """One of the items that each user lacks, uniform: exact, and without drawing twice.
+    user: any shape, int64, users who lack an item -> items, the same shape, int64.
+
+    Let p_0 < p_1 < ... be the items that a user has. Before p_j lie p_j - j items that the user
+    lacks, so the r-th of these (from 0) is the item r + #{j : p_j - j <= r}. For example, of the
+    items 0, ..., 4 a user has 1 and 3. Then p_j - j is 1 and 2, and r = 0, 1, 2 gives the items
+    0, 1 + 1 = 2 and 2 + 2 = 4. The graph's skip_key holds u I + p_j - j of all users u, ascending,
+    so that one binary search counts for all."""
+    start, end = graph.row_ptr[user], graph.row_ptr[user + 1]
+    r = draw_below(graph.n_items - (end - start), generator)
+    before = torch.searchsorted(graph.skip_key, user * graph.n_items + r, right=True)
+    return r + before - start       # `start` keys are earlier users'
+
+
+def sample_triplets(graph: Graph, n: int, generator: Generator | None = None):
+    """n triplets (user, pos, neg), (n,) int64 each: a uniform user (recall is a mean over users, so
+    each counts the same), one of the items that the user has, and one of those that the user lacks.
+    Users without an item or with all of them are left out. Raises ValueError if nobody is left."""
     if not len(graph.active):
-        raise ValueError(f"sample_triplets: none of {graph.n_users} users likes some but not all of the "
-                         f"{graph.n_items} items: there is nothing to rank; give more items or interactions")
-    draw = torch.randint(2**62, (batch,), generator=generator, device=graph.active.device)
-    user = graph.active[(draw % len(graph.active)).sort().values]               # (B,)
-    pos = sample_positives(graph, user, generator)
-    neg = sample_negatives(graph, user[:, None].expand(batch, candidates).contiguous(), generator)
-    return user, pos, neg if candidates > 1 else neg.squeeze(1)
+        raise ValueError(f"sample_triplets: no user of {graph.n_users} likes some items, not all")
+    bound = graph.active.new_full((n,), len(graph.active))
+    user = graph.active[draw_below(bound, generator)]
+    return user, sample_positives(graph, user, generator), sample_negatives(graph, user, generator)
 
 
-# ------------------------------------------- features: functions of content, for what is generated too
+# ---- features: functions of content, so that they exist for what is generated, too
+
+BATCH = 1024        # rows that are worked on at once: bounds the memory
+ROUNDING = 1e-10    # a variance below this share of the mean square is an error of rounding
+N_SPECIAL = 3       # token ids 0, 1, 2 (padding, begin and end of a text) are no words
+
+
+def top_directions(gram: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest eigenvalues (n,) of a symmetric matrix (W, W), descending, and their unit
+    eigenvectors (W, n); all W of them, if n > W."""
+    value, direction = torch.linalg.eigh(gram)          # ascending
+    return value.flip(0)[:n], direction.flip(1)[:, :n]
+
+
+class Whitening(nn.Module):
+    """Principal components, scaled to variance 1: (B, W) -> (B, F). Directions in which nothing
+    varied when it was fitted give 0, as do those beyond W."""
+
+    def __init__(self, width: int, n_features: int):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("basis", torch.zeros(width, n_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.center) @ self.basis
+
+    @torch.no_grad()
+    def fit(self, x: Tensor):
+        """Set center and basis from x (I, W)."""
+        x = x.double()
+        self.center.copy_(x.mean(0))
+        variance, direction = top_directions(x.T.cov(correction=0), self.basis.shape[1])
+        floor = ROUNDING * x.square().sum(1).mean()
+        scale = torch.where(variance > floor, variance.rsqrt(), 0)
+        self.basis[:, :len(scale)] = direction * scale
+
 
 class LatentPCA(nn.Module):
-    """f^image: whitened principal components of an image's latent, half of them of the latent as it is (where is what?),
-    half of its local features pooled over all places (what is there?). latents (B, C, h, h) -> (B, F).
-    DEVIATION 14: the pooled half, relu of 512 fixed random 2 x 2 filters and their mean over the picture. Where things move
-    about, no linear map of the latent finds their colour: a probe reads a sticker's from 64 components right in 79 %, from 64
-    pooled ones in 99 %."""
+    """f^image: whitened principal components of an image's latent (B, C, h, h) -> (B, F). One half
+    are of the latent as it is (what is where?), the other of local features pooled over the picture
+    (what is there at all?). DEVIATION 14: the pooled half, means over the picture of the relu of
+    fixed random 2 x 2 filters, because no linear map of the latent finds the colour of a thing that
+    may be anywhere."""
 
     def __init__(self, channels: int, side: int, n_features: int, n_filters: int = 512):
         super().__init__()
-        fixed = torch.Generator().manual_seed(0)
-        self.register_buffer("filters", torch.randn(n_filters, channels, 2, 2, generator=fixed) / (4 * channels) ** 0.5)
+        fixed = Generator().manual_seed(0)
+        filters = torch.randn(n_filters, channels, 2, 2, generator=fixed)
+        self.register_buffer("filters", filters / (4 * channels) ** 0.5)
         self.register_buffer("bias", torch.randn(n_filters, generator=fixed))
-        for part, width in (("layout", channels * side * side), ("local", n_filters)):
-            self.register_buffer(f"{part}_center", torch.zeros(width))
-            self.register_buffer(f"{part}_basis", torch.zeros(width, (n_features + (part == "local")) // 2))
+        self.layout = Whitening(channels * side * side, n_features // 2)
+        self.local = Whitening(n_filters, n_features - n_features // 2)
 
-    def _parts(self, latents: Tensor) -> dict[str, Tensor]:
-        pooled = [F.conv2d(rows, self.filters, self.bias).relu().mean((2, 3)) for rows in latents.split(256)]
-        return {"layout": latents.flatten(1), "local": torch.cat(pooled)}                       # (B, C h h), (B, 512)
+    def pool(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, h) -> local features (B, n_filters), wherever in the picture."""
+        maps = (F.conv2d(x, self.filters, self.bias) for x in latents.split(BATCH))
+        return torch.cat([x.relu().mean((2, 3)) for x in maps])
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, h) -> (B, F): over the items it was fitted to, mean 0 and variance 1 in each direction."""
-        parts = self._parts(latents).items()
-        return torch.cat([(x - getattr(self, f"{p}_center")) @ getattr(self, f"{p}_basis") for p, x in parts], 1)
+        return torch.cat([self.layout(latents.flatten(1)), self.local(self.pool(latents))], dim=1)
 
-    @torch.no_grad()
     def fit(self, latents: Tensor):
-        """Set centers and bases from the items' latents (I, C, h, h), in float64; directions without variance give 0."""
-        for part, x in self._parts(latents).items():
-            center, basis = x.double().mean(0), getattr(self, f"{part}_basis").zero_()
-            x = x.double() - center
-            variance, direction = torch.linalg.eigh(x.T @ x / len(x))                           # ascending
-            n = min(basis.shape[1], len(variance))
-            top = variance.flip(0)[:n]
-            scale = torch.where(top > 1e-6 * top[0].clamp(min=1e-12), top.clamp(min=1e-12).rsqrt(), 0)
-            getattr(self, f"{part}_center").copy_(center)
-            basis[:, :n] = direction.flip(1)[:, :n] * scale
-
-
-N_SPECIAL = 3       # token ids of padding, begin and end of a text: no words
+        """Fit both halves to the items' latents (I, C, h, h)."""
+        self.layout.fit(latents.flatten(1))
+        self.local.fit(self.pool(latents))
 
 
 class TfidfSVD(nn.Module):
-    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens. tokens (B, T) -> (B, F).
-    DEVIATION 6: the words of TF-IDF are the decoder's own tokens, which for all frequent words are the words: so the
-    feature of a generated text is a tensor function of its tokens, and REINFORCE needs no string on the host."""
+    """f^text: a truncated SVD of TF-IDF vectors of BPE tokens (B, T) int64 -> (B, F).
+    DEVIATION 6: the words of TF-IDF are the decoder's own tokens (a frequent word is one token), so
+    that the feature of a generated text is a function of its tokens: REINFORCE needs no string."""
 
     def __init__(self, vocab_size: int, n_features: int):
         super().__init__()
         self.register_buffer("idf", torch.zeros(vocab_size))
         self.register_buffer("basis", torch.zeros(vocab_size, n_features))
 
+    def counts(self, tokens: Tensor) -> Tensor:
+        """How often each text has each token: (B, T) -> (B, V)."""
+        zero = self.idf.new_zeros(len(tokens), len(self.idf))
+        return zero.scatter_add(1, tokens, zero.new_ones(tokens.shape))
+
     def tfidf(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, V): counts (1 + log of them) times idf, as unit vectors; PAD, BOS, EOS count 0."""
-        count = self.idf.new_zeros(len(tokens), len(self.idf))
-        count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
-        return F.normalize(torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * self.idf, dim=1)
+        """(1 + log count) idf of a text's tokens, as a unit vector: (B, T) -> (B, V)."""
+        # what is absent: 1 + log 0 = -inf becomes 0
+        return F.normalize((1 + self.counts(tokens).log()).clamp(min=0) * self.idf, dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> (B, F)."""
-        return torch.cat([self.tfidf(rows) @ self.basis for rows in tokens.split(1024)])
+        return torch.cat([self.tfidf(x) @ self.basis for x in tokens.split(BATCH)])
 
     @torch.no_grad()
     def fit(self, tokens: Tensor):
-        """Set idf = log((1 + I) / (1 + df)) + 1 and the basis from the items' tokens (I, T); features have mean square 1.
-        By the Gram matrix (V, V): the same bits each time, which scipy's svds does not give (it depends on where memory lies)."""
-        batches = tokens.split(1024)                            # (I, V) at once would fill the memory
-        self.idf.fill_(1)
-        df = sum((self.tfidf(rows) > 0).sum(0) for rows in batches)
-        self.idf.copy_(((1 + len(tokens)) / (1 + df)).log() + 1)
+        """Set idf = 1 + log((1 + I) / (1 + df)) and the basis from the items' texts (I, T), over
+        which the features get mean square 1. By the Gram matrix, which gives the same bits each
+        time; scipy's svds does not."""
+        batches = tokens.split(BATCH)
+        df = sum((self.counts(x) > 0).sum(0) for x in batches)      # (V,) texts with the token
+        self.idf.copy_(1 + ((1 + len(tokens)) / (1 + df)).log())
         self.idf[:N_SPECIAL] = 0
-        gram = sum(x.T @ x for x in (self.tfidf(rows).double() for rows in batches))
-        square, direction = torch.linalg.eigh(gram)                                             # ascending
-        n = min(self.basis.shape[1], len(square))
-        square, direction = square.flip(0)[:n], direction.flip(1)[:, :n]
-        largest = direction.gather(0, direction.abs().argmax(0, keepdim=True))                  # positive: a fixed sign
-        self.basis.zero_()
-        self.basis[:, :n] = direction * largest.sign() * (square > 1e-12 * square[0])
-        self.basis.mul_(1 / self(tokens).square().mean().sqrt().clamp(min=1e-8))
+        unit = (self.tfidf(x).double() for x in batches)
+        gram = sum(x.T @ x for x in unit)                           # (V, V)
+        square, direction = top_directions(gram, self.basis.shape[1])
+        self.basis[:, :len(square)] = direction * (square > ROUNDING * len(tokens))
+        self.basis /= self(tokens).square().mean().sqrt()
 
 
-# ------------------------------------------------------------------------------------------- the model
+# ---- the model
 
 class ModalGNN(nn.Module):
-    """One LightGCN per modality m, side by side on one graph: x_u^0 = e_u^m, x_i^0 = W_m f_i^m, W_m (D, F)
-    without bias. Where a modality has no features, W_m f_i^m is a learnt table: then it is LightGCN itself.
+    """One LightGCN per modality m, side by side on one graph: x_u^0 = e_u^m and x_i^0 = W_m f_i^m,
+    with W_m (D, F) and no bias. features: m -> (I, F) of mean square about 1.
+    A user's preference is the propagated user row. A known item's score is its product with the
+    propagated item row; that of new content, which no graph reaches, its product with W_m f.
+    DEVIATION 1: BPR trains the score with the propagated item row, not with W_m f.
+    DEVIATION 2: e_u starts at 0: a user starts as the history alone, like someone folded in."""
 
-    features: m -> (I, F) of any scale (divided by their root mean square here), or None.
-    A user's preference is the propagated user row. A known item's score is its product with the propagated
-    item row; that of new content, which no graph reaches, with W_m f (embed_content).
-
-    DEVIATION 1: BPR trains the score with the propagated item row, not with W_m f. The direct score ranks no
-    worse for it: validation recall@20, propagated / direct, on sticker-like data 0.31 / 0.32, against 0.31
-    with the direct score trained; on MovieLens 0.18 / 0.06 against 0.06: content tells no popularity.
-    DEVIATION 2: with features, e_u starts at 0: a user starts as the history alone and stays near it. Users
-    who were not in training, folded in, keep 98 % of the recall@20 of those who were, on both data sets (95 %
-    from N(0, 0.1)). To leave e_u at 0 costs MovieLens a tenth of its recall."""
-
-    def __init__(self, n_users: int, n_items: int, features: dict[str, Tensor | None], cfg: GNNConfig,
-                 generator: torch.Generator | None = None):
+    def __init__(self, n_users: int, n_items: int, features: dict[str, Tensor], cfg: GNNConfig,
+                 generator: Generator | None = None):
         super().__init__()
-        if not features:
-            raise ValueError("ModalGNN: features is empty; give a modality at least ({'id': None}: LightGCN)")
-        self.cfg, self.modalities, self.n_users = cfg, tuple(features), n_users
-        self.user, self.item = nn.ParameterDict(), nn.ParameterDict()
+        self.cfg, self.n_users, self.modalities = cfg, n_users, tuple(features)
+        self.user, self.item = nn.ParameterDict(), nn.ParameterDict()   # e^m, W_m
         for m, f in features.items():
-            if f is None:                           # std 0.1: as the LightGCN authors' code
-                user = torch.randn(n_users, cfg.dim, generator=generator) * 0.1
-                item = torch.randn(n_items, cfg.dim, generator=generator) * 0.1
-            else:
-                width = f.shape[-1]
-                user = torch.zeros(n_users, cfg.dim)
-                item = torch.randn(cfg.dim, width, generator=generator) * (0.1 / width**0.5)    # W_m
-                self.register_buffer(f"features_{m}", torch.empty(n_items, width))
-                self.register_buffer(f"gain_{m}", torch.empty(()))
-                self.set_features(m, f)
-            self.user[m], self.item[m] = nn.Parameter(user), nn.Parameter(item)
+            width = f.shape[-1]
+            weight = torch.randn(cfg.dim, width, generator=generator)
+            self.user[m] = nn.Parameter(torch.zeros(n_users, cfg.dim))
+            self.item[m] = nn.Parameter(0.1 * weight / width**0.5)      # so W f has std 0.1
+            self.register_buffer(f"features_{m}", torch.empty(n_items, width))
+            self.set_features(m, f)
 
-    @torch.no_grad()
-    def set_features(self, modality: str, features: Tensor) -> None:
-        """Replace a modality's content features by others (I, F). Raises ValueError for another shape."""
+    def set_features(self, modality: str, features: Tensor):
+        """Replace a modality's features by others (I, F). Raises ValueError for another shape."""
         kept = getattr(self, f"features_{modality}")
         if features.shape != kept.shape:
-            raise ValueError(f"ModalGNN: the features of {modality!r} are {tuple(features.shape)}; need "
-                             f"{tuple(kept.shape)}, one row for each item")
+            shapes = f"{tuple(features.shape)}, need {tuple(kept.shape)}"
+            raise ValueError(f"ModalGNN: features of {modality!r} are {shapes}")
         kept.copy_(features)
-        getattr(self, f"gain_{modality}").copy_(kept.square().mean().clamp(min=1e-30).rsqrt())
 
     def embed_content(self, modality: str, features: Tensor) -> Tensor:
-        """W_m f of content features (B, F), on the scale of those of the items -> (B, D).
-        Raises ValueError for a modality without features."""
-        known = [m for m in self.modalities if hasattr(self, f"gain_{m}")]
-        if modality not in known:
-            raise ValueError(f"embed_content: no features were given for {modality!r}, only for {known}")
-        return F.linear(features * getattr(self, f"gain_{modality}"), self.item[modality])
+        """W_m f of content features: (B, F) -> (B, D)."""
+        return F.linear(features, self.item[modality])
 
-    def _layer0(self) -> Tensor:
-        """(N, M D): the modalities side by side, so that they share each product with the graph."""
-        features = {m: getattr(self, f"features_{m}", None) for m in self.modalities}
-        items = {m: self.item[m] if f is None else self.embed_content(m, f) for m, f in features.items()}
-        parts = [torch.cat([self.user[m], items[m]]) for m in self.modalities]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def layer0(self) -> Tensor:
+        """x^0 (N, M D): the modalities side by side, so that they share products with the graph."""
+        parts = []
+        for m in self.modalities:
+            items = self.embed_content(m, getattr(self, f"features_{m}"))
+            parts.append(torch.cat([self.user[m], items]))              # (N, D)
+        return torch.cat(parts, dim=1)
 
     def forward(self, graph: Graph) -> dict[str, tuple[Tensor, Tensor]]:
         """m -> (preferences (U, D), propagated item rows (I, D))."""
-        x = propagate(graph, self._layer0(), self.cfg.layers)
-        return {m: (part[:self.n_users], part[self.n_users:])
-                for m, part in zip(self.modalities, x.split(self.cfg.dim, dim=1))}
+        x = propagate(graph, self.layer0(), self.cfg.layers).split(self.cfg.dim, dim=1)
+        return {m: rows.tensor_split([self.n_users]) for m, rows in zip(self.modalities, x)}
 
-    def loss(self, graph: Graph, user: Tensor, pos: Tensor, neg: Tensor, half: bool = False) -> Tensor:
-        """BPR on the summed score + BPR on each modality's own, so that each learns its own taste (FREEDOM)
-        + l2/2 of a triplet's squared layer-0 rows (2002.02126v4, eq. 15). One modality: BPR once.
-        user, pos (B,), neg (B,) or candidates (B, C), int64 -> () nats: ln 2 per BPR from fresh weights.
-        Of several candidates the one with the highest summed score counts (dynamic negative sampling, doi
-        10.1145/2484028.2484126): it asks for a better head of the list, which is what recall@20 measures.
-        half: as in propagated_rows; with candidates it changes nothing."""
-        x0, many = self._layer0(), neg.ndim == 2                                # (N, M D)
-        if many:                                                                # then most rows are asked for, so all are made
-            x = propagate(graph, x0, self.cfg.layers)
-            score = torch.einsum("bd,bcd->bc", x.detach()[user], x.detach()[self.n_users + neg])
-            neg = neg.gather(1, score.argmax(dim=1, keepdim=True)).squeeze(1)
-        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])     # (3, B)
-        if many:
-            rows, own = F.embedding(nodes, x), F.embedding(nodes, x0)           # (3, B, M D) each
-        else:
-            rows, own = propagated_rows(graph, x0, nodes, self.cfg.layers, half)
-        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                         # (B, M, D) each
-        pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)                   # (B, M)
-        loss = bpr_loss(pos_score.sum(1), neg_score.sum(1))
-        if len(self.modalities) > 1:
-            loss = loss + len(self.modalities) * bpr_loss(pos_score, neg_score)     # the sum of M means
-        return loss + self.cfg.l2 / 2 * own.square().sum() / len(user)
+    def loss(self, graph: Graph, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        """BPR on the summed score + BPR on each modality's own, so that each learns its own taste
+        (FREEDOM) + l2/2 of a triplet's squared layer-0 rows (2002.02126v4, eq. 15).
+        user, pos, neg (B,) int64 -> () nats: about (1 + M) ln 2 from fresh weights."""
+        x0 = self.layer0()
+        x = propagate(graph, x0, self.cfg.layers)                       # (N, M D)
+        nodes = torch.stack([user, self.n_users + pos, self.n_users + neg])
+        rows, own = x[nodes], x0[nodes]                                 # (3, B, M D)
+        u, p, n = rows.unflatten(2, (-1, self.cfg.dim))                 # (B, M, D)
+        pos_score, neg_score = (u * p).sum(2), (u * n).sum(2)           # (B, M)
+        summed = bpr_loss(pos_score.sum(1), neg_score.sum(1))
+        each = len(self.modalities) * bpr_loss(pos_score, neg_score)    # M means over B
+        return summed + each + self.cfg.l2 / 2 * own.square().sum() / len(user)
 
     @torch.no_grad()
     def fold_in(self, graph: Graph, user: Tensor, item: Tensor, n_new: int) -> dict[str, Tensor]:
-        """Preferences of people who were not in training, from their history alone: m -> (n_new, D).
-        user, item (H,): person user[h] in [0, n_new) likes item[h]; repeated pairs count once. It is the row
-        that propagate would give the person, with e_u = 0 and the items' rows as they are,
+        """Preferences of people who were not in training, from their history: m -> (n_new, D).
+        user, item (H,): person user[h] in [0, n_new) likes item[h]; repeated pairs count once. It
+        is the row that propagate would give, with e_u = 0 and the items' rows as they are,
             p = 1/(L+1) sum_{i in history} (|history| (degree_i + 1))^-1/2 sum_{k<L} x_i^k,
-        + 1 because the person is one of those who like i. Without a history p = 0."""
+        where the + 1 is the person, who likes i, too. Without a history p = 0."""
         history = build_graph(user, item, n_new, graph.n_items).to(graph.col.device)
+        person, liked = history.pairs(0, n_new)                         # (H,)
+        n_liked = history.row_ptr.diff()[person]
+        n_likers = 1 + graph.row_ptr.diff()[graph.n_users + liked]
         layers = self.cfg.layers
-        items = propagate(graph, self._layer0(), layers - 1)[self.n_users:]     # (I, M D) layers 0..L-1
-        owner, liked = _pairs(history, torch.arange(n_new, device=items.device))        # (H,) each
-        n_liked = history.row_ptr.long().diff()[owner]                          # (H,)
-        n_likers = graph.row_ptr.diff()[graph.n_users + liked] + 1              # (H,)
-        weight = layers / (layers + 1) * (n_liked * n_likers).to(items.dtype).rsqrt()           # (H,)
-        p = items.new_zeros(n_new, items.shape[1]).index_add_(0, owner, weight[:, None] * items[liked])
+        items = propagate(graph, self.layer0(), layers - 1)[self.n_users:]  # a mean over k < L
+        weight = layers / (layers + 1) * (n_liked * n_likers).to(items.dtype).rsqrt()[:, None]
+        p = items.new_zeros(n_new, items.shape[1]).index_add_(0, person, weight * items[liked])
         return dict(zip(self.modalities, p.split(self.cfg.dim, dim=1)))
 
 
-# --------------------------------------------------------------------------------- how well it ranks
+# ---- how well it ranks
 
-def _pairs(graph: Graph, user: Tensor) -> tuple[Tensor, Tensor]:
-    """Interactions of the users (C,) int64: (place in user, item), int64 each."""
-    start, end = graph.row_ptr[user].long(), graph.row_ptr[user + 1].long()     # (C,)
-    row = torch.repeat_interleave(end - start)                                  # (H,)
-    nth = torch.arange(len(row), device=row.device) - ((end - start).cumsum(0) - (end - start))[row]
-    return row, graph.col[start[row] + nth].long() - graph.n_users
-
-
-def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen_row: Tensor, seen_item: Tensor) -> Tensor:
+def top_items(user_emb: Tensor, item_emb: Tensor, k: int, seen: tuple[Tensor, Tensor]) -> Tensor:
     """The k items that score highest for each user, best first; equal scores by ascending item id.
-    user_emb (C, D), item_emb (I, D), finite; seen_row, seen_item (H,): pairs that are not recommended ->
-    (C, k) int64, I (no item) where fewer than k are left. topk alone leaves equal scores to the device."""
-    score = user_emb @ item_emb.T                                               # (C, I)
-    score[seen_row, seen_item] = -math.inf
-    value, ids = score.topk(k)                                                  # (C, k) descending
-    last = value[:, -1:]
-    rank = torch.arange(1, k + 1, dtype=torch.int32, device=ids.device)         # (k,)
-    nth_tie = rank - (value > last).sum(1, keepdim=True, dtype=torch.int32)     # (C, k) <= 0: above all ties
-    ties = (score == last).cumsum(1, dtype=torch.int32)                         # (C, I) ties up to each item
-    ids = torch.where(nth_tie > 0, torch.searchsorted(ties, nth_tie), ids).sort(dim=1).values
-    value, order = score.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    return torch.where(value > -math.inf, ids.gather(1, order), len(item_emb))
-
-
-class Ranking(NamedTuple):
-    """Metrics user by user; the R users are those who have a test item."""
-    user: Tensor     # (R,) int64 ascending
-    recall: Tensor   # (R,) in [0, 1]
-    ndcg: Tensor     # (R,) in [0, 1]
+    user_emb (C, D), item_emb (I, D), finite; seen: (row of user_emb, item), (H,) each, pairs that
+    are not recommended -> (C, k) int64; I (no item) where fewer than k are left."""
+    score = user_emb @ item_emb.T                           # (C, I)
+    score[seen] = -torch.inf
+    score, item = score.sort(dim=1, descending=True, stable=True)
+    return item.masked_fill(score == -torch.inf, len(item_emb))[:, :k]
 
 
 @torch.no_grad()
-def ranking_metrics(user_emb, item_emb, seen: Graph, test: Graph, k: int = 20, chunk: int = 256) -> Ranking:
-    """recall@k and NDCG@k of every user u with test items T_u, over all items but those u has in `seen`:
-        recall = hits / |T_u|        NDCG = sum over hits of 1/log2(1 + rank) / its largest value for |T_u|
-    user_emb (U, D), item_emb (I, D), or a dict of each: then scores are summed over user_emb's modalities.
-    Equal scores rank by ascending item id; a test item that is also in `seen` is missed. Holds chunk x I
-    scores, never U x I. Raises ValueError for sizes unlike the graphs', and for NaN or infinity."""
-    if isinstance(user_emb, dict):
-        user_emb, item_emb = (torch.cat([emb[m] for m in user_emb], dim=1) for emb in (user_emb, item_emb))
-    size = (len(user_emb), len(item_emb))
+def ranking_metrics(rows: tuple[Tensor, Tensor], seen: Graph, test: Graph, k: int = 20,
+                    chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """recall@k and NDCG@k of every user u with test items T_u, over all items but u's in `seen`:
+        recall = hits / |T_u|
+        NDCG = sum over hits of 1/log2(1 + rank) / the largest that this can be for |T_u|
+    rows: users (U, D), items (I, D) -> (R,) each, of the R users with a test item, in order. A test
+    item that is also in `seen` is missed. Holds the scores of `chunk` users at a time.
+    Raises ValueError for sizes unlike the graphs', and for NaN or infinity."""
+    users, items = rows
     for name, graph in (("seen", seen), ("test", test)):
-        if (graph.n_users, graph.n_items) != size:
-            raise ValueError(f"ranking_metrics: embeddings of {size[0]} users and {size[1]} items, but "
-                             f"`{name}` has {graph.n_users} and {graph.n_items}; build it with the same")
-    if not (user_emb.isfinite().all() and item_emb.isfinite().all()):
-        raise ValueError("ranking_metrics: the embeddings hold NaN or infinity; training diverged, lower lr")
-    k, parts = min(k, size[1]), []
-    discount = 1 / torch.arange(2, k + 2, dtype=user_emb.dtype, device=user_emb.device).log2()      # (k,)
-    user = torch.nonzero(test.row_ptr[:size[0] + 1].diff()).squeeze(1)          # (R,)
-    for rows in user.split(chunk):                                              # (C,)
-        top = top_items(user_emb[rows], item_emb, k, *_pairs(seen, rows))       # (C, k)
-        wanted = torch.zeros(len(rows), size[1] + 1, dtype=torch.bool, device=rows.device)
-        wanted[_pairs(test, rows)] = True                                       # (C, I+1)
-        hit, n_test = wanted.gather(1, top).to(discount.dtype), wanted.sum(1)   # (C, k), (C,)
-        best = discount.cumsum(0)[n_test.clamp(max=k) - 1]                      # (C,)
+        sizes, known = (len(users), len(items)), (graph.n_users, graph.n_items)
+        if sizes != known:
+            raise ValueError(f"ranking_metrics: {sizes} users and items, but {known} in `{name}`")
+    if not (users.isfinite().all() and items.isfinite().all()):
+        raise ValueError("ranking_metrics: NaN or infinity in rows; training diverged, lower lr")
+    k = min(k, len(items))
+    discount = 1 / torch.arange(2, k + 2, dtype=users.dtype, device=users.device).log2()    # (k,)
+    ideal = discount.cumsum(0)                              # (k,) for 1, ..., k hits
+    parts = []
+    for low in range(0, len(users), chunk):
+        high = min(low + chunk, len(users))
+        top = top_items(users[low:high], items, k, seen.pairs(low, high))       # (C, k)
+        wanted = users.new_zeros(high - low, len(items) + 1)    # (C, I+1), the last: no item
+        wanted[test.pairs(low, high)] = 1
+        hit, n_test = wanted.gather(1, top), wanted.sum(1)      # (C, k), (C,)
+        best = ideal[n_test.long().clamp(max=k) - 1]
         parts.append(torch.stack([hit.sum(1) / n_test, hit @ discount / best]))
-    return Ranking(user, *torch.cat(parts, dim=1))
+    has_test = test.row_ptr[:len(users) + 1].diff() > 0
+    return tuple(torch.cat(parts, dim=1)[:, has_test])
 
 
-def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20) -> dict[str, float]:
-    """{"recall@k", "ndcg@k"} of the scores summed over the modalities and {"recall@k_m"} of each alone, means over users.
-    rows: m -> (users (U, D), items (I, D)), as ModalGNN.forward gives them; the graphs, errors as of ranking_metrics."""
-    both = ranking_metrics(*({m: pair[side] for m, pair in rows.items()} for side in (0, 1)), seen, test, k)
-    alone = {f"recall@{k}_{m}": ranking_metrics(*pair, seen, test, k).recall.mean().item() for m, pair in rows.items()}
-    return {f"recall@{k}": both.recall.mean().item(), f"ndcg@{k}": both.ndcg.mean().item()} | alone
+def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: Graph, k: int = 20):
+    """{"recall@k", "ndcg@k"} of the scores summed over the modalities and {"recall@k_m"} of each
+    alone: means over users. rows: m -> (users (U, D), items (I, D)), as ModalGNN.forward gives
+    them. Raises as ranking_metrics does."""
+    summed = [torch.cat(side, dim=1) for side in zip(*rows.values())]
+    recall, ndcg = ranking_metrics(summed, seen, test, k)
+    found = {f"recall@{k}": recall, f"ndcg@{k}": ndcg}
+    for m, pair in rows.items():
+        found[f"recall@{k}_{m}"], _ = ranking_metrics(pair, seen, test, k)
+    return {name: values.mean().item() for name, values in found.items()}

@@ -1,13 +1,14 @@
 """Seconds of the image generator, beside diffusers' U-Net where that is installed (not collected by pytest).
 
     OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 80 96] [--steps 16] [--repeat 5] [--run RUN]
-64 latents 8x8x4, 5 condition tokens (1 prompt word, 4 preference tokens), guidance 2. The best of --repeat
+64 latents 8x8x4, 5 condition tokens (1 prompt word, 4 preference tokens), guided. The best of --repeat
 runs, taken in turn so that a busy machine slows all alike. Width 80 and the U-Net: 2 M parameters each. Both
 also under bf16 autocast, as train.py computes where the processor has instructions for it. Only ours also with
 guidance for the first half of the time, as train.py samples. --run: also 64 pictures with their texts by a
 finished run's model, and the time to load it."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from dppmg import DPPMG  # noqa: E402
-from generators import Autoencoder, Denoiser, ImageConfig, ema_update, sample_latents  # noqa: E402
+from generators import Autoencoder, Denoiser, ImageConfig, sample_latents  # noqa: E402
+from train import ema_update  # noqa: E402
 
 BATCH = 64
 
@@ -46,10 +48,16 @@ def our_jobs(width: int, steps: int) -> dict:
     prefs, generator = torch.randint(64, (BATCH, 4)), torch.Generator().manual_seed(0)
     step = train_step(net, lambda: net.loss(z, prompt, prefs, generator))
     ours = f"width {width}, {parameters(net) / 1e6:.2f} M"
+
+    def sample(until: float):
+        def job():
+            net.cfg = dataclasses.replace(cfg, guidance_until=until)
+            sample_latents(net, prompt, prefs, generator, steps)
+        return job
+
     return {f"{ours}: train step": lambda: (step(), ema_update(average, net, 0.998, 10 ** 6)),
-            f"{ours}: sample": lambda: sample_latents(net, prompt, prefs, generator, 2.0, steps),
-            f"{ours}, guided until {cfg.guidance_until}: sample": lambda: sample_latents(
-                net, prompt, prefs, generator, 2.0, steps, until=cfg.guidance_until)}
+            f"{ours}: sample": sample(0.0),
+            f"{ours}, guided until {cfg.guidance_until}: sample": sample(cfg.guidance_until)}
 
 
 def autoencoder_jobs() -> dict:

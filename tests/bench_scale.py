@@ -32,10 +32,11 @@ def one(items: int, users: int, out: str):
     rng, draw_sticker = np.random.default_rng(0), train.draw_sticker
     pool = {}
 
-    def drawn(*values):
-        if values[:4] not in pool:
-            pool[values[:4]] = draw_sticker(*values[:4], rng)
-        return pool[values[:4]]
+    def drawn(value, _):
+        key = tuple(value[a] for a in train.SEEN)
+        if key not in pool:
+            pool[key] = draw_sticker(value, rng)
+        return pool[key]
     train.draw_sticker = drawn
     found = {"imports": (0.0, peak_mb())}
     arguments = [x for name in FEW for x in (f"--{name}", "4")]

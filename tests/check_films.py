@@ -31,14 +31,14 @@ def main():
         parser.error(f"{args.run} is a run on stickers; need one on films")
     data = Dataset.load(asked["data"], cfg.image.size, cfg.method.seed)
     run = train.Run(cfg, settings, data, None, args.run, torch.device("cpu"))
-    run.restore(args.run / "checkpoint.pt")
+    run.restore()
     if "reward" not in run.done:
         parser.error(f"{args.run} is not finished; go on with train.py --resume")
     pairs = train.draw_pairs(run, train.TEST, args.pairs)
-    known, items = {data.texts[i] for i in run.seen.tolist()}, pairs.item.tolist()
+    known = {data.texts[i] for i in run.seen.tolist()}
     for variant in train.VARIANTS:
-        made = train.make(run, variant, pairs, run.generator("films"))[0].tokens
-        texts = run.model.tokenizer.decode_batch(made)
+        made = train.make(run, variant, pairs, run.generator("films"))
+        texts, items = run.model.tokenizer.decode_batch(made.own.tokens), made.pairs.item.tolist()
         found = [FORM.fullmatch(text) for text in texts]
         right = [match is not None and set(parse_prompt(match[1])) == set(data.prompts[i]) for match, i in zip(found, items)]
         copied = [text in known for text in texts]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 1200  # seconds for a process that takes one minute on an idle machine
 sys.path.insert(0, str(ROOT))
 
 
@@ -36,7 +37,7 @@ def smoke_process(tmp_path_factory):
 def smoke(smoke_process):
     """The folder of the smoke run, finished. Tests that change it take a copy."""
     out, process = smoke_process
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     (out.parent / "printed.txt").write_text(printed + errors)
     return out

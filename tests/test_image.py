@@ -1,7 +1,7 @@
 """Autoencoder, denoiser, DDIM and its log-probabilities, each against a slow version right at sight."""
 import copy
 import math
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -12,11 +12,13 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock, _SmallConv,
-                        alpha_sigma, conv3x3, ddim_step, ema_update, guided_v, sample_latents, sampling_times,
-                        time_features, transition)
+from generators import (T_MAX, Autoencoder, CrossAttention, Denoiser, ImageConfig, ResidualBlock, alpha_sigma,
+                        ddim_step, denoise, guidance_at, guided_v, sample_latents, sampling_times, table_as,
+                        time_features)
+from train import ema_update
 
-TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1)
+TINY = dict(size=16, latent=2, width=8, heads=2, ae_width=16, time_mean=0.3, time_std=1.1, guidance=1.0,
+            guidance_until=0.0)
 LARGE = dict(size=64, width=512, layers=2, heads=8)                 # about 100 M parameters
 
 
@@ -62,10 +64,9 @@ def batch(size=4, words=5, levels=2, codes=3, seed=0):
 class Known(nn.Module):
     """Stands in for a denoiser whose v is known: v(z, t), any condition."""
 
-    def __init__(self, v, latent=2, size=16):
+    def __init__(self, v, eta=1.0):
         super().__init__()
-        self.v, self.cfg = v, ImageConfig(size=size, latent=latent)
-        self.conv_in = nn.Conv2d(1, 1, 1, dtype=torch.float64)      # says the device and dtype
+        self.v, self.cfg = v, ImageConfig(guidance=1.0, eta=eta)
 
     def forward(self, z, t, prompt, prefs):
         return self.v(z, t[:, None, None, None])
@@ -239,7 +240,7 @@ def test_time_features_are_sines_and_cosines_at_frequencies_1_to_1000():
 def test_condition_is_the_loop_over_words_and_levels():
     net = tiny()
     _, _, prompt, prefs = batch(6)
-    prompt[5] = 0                                                   # no word at all
+    prompt[4, 1:], prompt[5] = 0, 0                                 # one word; no word at all
     tokens, present, pooled = net.condition(prompt, prefs)
     for b in range(6):
         words = [net.words.weight[word] for word in prompt[b] if word != 0]
@@ -330,6 +331,14 @@ def test_loss_is_the_loop_over_pictures_for_the_same_draws_in_value_and_gradient
         assert_close(got, want)
 
 
+def test_tokens_and_what_stands_in_for_them_start_alike():
+    torch.manual_seed(0)
+    net = Denoiser(ImageConfig(width=64), 5, 8, 4)
+    for rows in (net.null, net.preference.weight):                  # (8, 128), (32, 128) standard normal
+        assert abs(rows.mean()) < 5 / math.sqrt(rows.numel())
+        assert abs(rows.std() - 1) < 5 / math.sqrt(2 * rows.numel())
+
+
 def test_loss_starts_at_1_for_v_starts_at_0():
     torch.manual_seed(0)
     net = Denoiser(ImageConfig(**TINY), 5, 2, 3)
@@ -385,7 +394,8 @@ def test_denoiser_learns_planted_latents_and_samples_each_from_its_condition():
     last = torch.stack(log[-10:]).mean()
     assert abs(log[0] - 1) < 0.3 and last < 0.1, f"loss {log[0]:.2f}, then {last:.3f}"
     for eta in (0.0, 1.0):
-        z = sample_latents(net, prompt, prefs, rng(1), eta=eta)[-1]
+        net.cfg = replace(net.cfg, eta=eta)
+        z = sample_latents(net, prompt, prefs, rng(1))
         distance = (z[:, None] - planted).square().mean((2, 3, 4))                          # (8, 8)
         assert torch.equal(distance.argmin(1), torch.arange(8)) and distance.diagonal().max() < 0.2
 
@@ -403,14 +413,12 @@ def test_alpha_sigma_is_a_quarter_turn_from_picture_to_noise():
     assert_close((alpha ** 2).tolist(), alpha_bar)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [1, 3, 8, 50])
-def test_sampling_times_fall_evenly_to_exactly_0(steps, dtype):
-    times = sampling_times(steps, torch.zeros(2, dtype=dtype))
-    assert times.shape == (steps + 1,) and times.dtype == dtype and times[-1] == 0
-    even = [T_MAX * (steps - k) / steps for k in range(steps + 1)]
-    assert_close(times.tolist(), even, rtol=1e-5, atol=1e-6)
-    assert alpha_sigma(times[:1])[0] < 0.05                         # hardly anything of the picture
+def test_sampling_times_fall_evenly_to_exactly_0(steps):
+    times = sampling_times(steps)
+    assert len(times) == steps + 1 and times[-1] == 0 and times[0] == T_MAX
+    assert_close(times, [T_MAX * (1 - k / steps) for k in range(steps + 1)])
+    assert math.cos(math.pi / 2 * T_MAX) < 0.05                     # hardly anything of the picture
 
 
 def slow_ddim(x, eps, bar_t, bar_s, eta):
@@ -433,14 +441,13 @@ def test_ddim_step_is_the_papers_on_numbers(t, s, eta):
     clean, eps = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
     z = math.sqrt(bar(t)) * clean + math.sqrt(1 - bar(t)) * eps
     v = math.sqrt(bar(t)) * eps - math.sqrt(1 - bar(t)) * clean
-    time = torch.tensor([t, s], dtype=torch.float64)
-    mean, std = ddim_step(z, v, *time, eta)
+    mean, std = ddim_step(z, v, t, s, eta)
     assert mean.shape == z.shape and std.shape == ()
     for got, x, e in zip(mean.flatten(), z.flatten(), eps.flatten()):
         want, want_std = slow_ddim(x.item(), e.item(), bar(t), bar(s), eta)
         assert_close((got.item(), std.item()), (want, want_std))
     assert (std == 0) == (s == 0 or eta == 0)
-    assert gradcheck(lambda z, v: ddim_step(z, v, *time, eta)[0], (z.requires_grad_(), v.requires_grad_()))
+    assert gradcheck(lambda z, v: ddim_step(z, v, t, s, eta)[0], (z.requires_grad_(), v.requires_grad_()))
 
 
 @pytest.mark.parametrize("t, s", TIMES)
@@ -450,7 +457,7 @@ def test_ancestral_step_is_the_posterior_of_the_forward_process(t, s):
     clean, eps = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
     z = math.sqrt(bar(t)) * clean + math.sqrt(1 - bar(t)) * eps
     v = math.sqrt(bar(t)) * eps - math.sqrt(1 - bar(t)) * clean
-    mean, std = ddim_step(z, v, *torch.tensor([t, s], dtype=torch.float64), 1.0)
+    mean, std = ddim_step(z, v, t, s, 1.0)
     a, var = math.sqrt(bar(t) / bar(s)), 1 - bar(s)
     gain = var * a / (a * a * var + 1 - a * a)                      # Kalman's gain
     want = math.sqrt(bar(s)) * clean
@@ -460,19 +467,18 @@ def test_ancestral_step_is_the_posterior_of_the_forward_process(t, s):
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
 def test_the_true_v_is_inverted_exactly_at_eta_0_in_any_number_of_steps(steps):
-    clean = normal(3, 2, 4, 4, seed=9)
+    clean, start = normal(3, 2, 4, 4, seed=9), normal(3, 2, 4, 4)
 
     def v(z, t):                        # eps is what is left of z beside clean
         alpha, sigma = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
         return alpha * (z - alpha * clean) / sigma - sigma * clean
-    chain = sample_latents(Known(v), *no_condition(3), rng(), steps=steps, eta=0.0)
-    assert len(chain) == steps + 1
-    assert_close(chain[-1], clean)
+    times = sampling_times(steps)
     alpha, sigma = math.cos(math.pi * T_MAX / 2), math.sin(math.pi * T_MAX / 2)
-    eps = (chain[0] - alpha * clean) / sigma                        # the same along the whole path
-    for k in range(steps + 1):
-        angle = math.pi / 2 * T_MAX * (steps - k) / steps
-        assert_close(chain[k], math.cos(angle) * clean + math.sin(angle) * eps)
+    eps = (start - alpha * clean) / sigma                           # the same along the whole path
+    for k in range(1, steps + 1):
+        angle, z = math.pi / 2 * times[k], denoise(Known(v, eta=0.0), start, times[:k + 1], *no_condition(3))
+        assert_close(z, math.cos(angle) * clean + math.sin(angle) * eps)
+    assert_close(z, clean)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -490,7 +496,8 @@ def test_the_ideal_denoiser_samples_the_mean_and_covariance_of_gaussian_data(eta
         surprise = torch.linalg.solve(noisy_cov, error)
         expected = mean[:, None] + alpha * cov @ surprise
         return (alpha * sigma * surprise - sigma * expected).unflatten(1, (len(z), 4, 4)).transpose(0, 1)
-    z = sample_latents(Known(v), *no_condition(1000), rng(), steps=400, eta=eta)[-1]
+    start = normal(1000, 2, 4, 4)
+    z = denoise(Known(v, eta), start, sampling_times(400), *no_condition(1000), rng(1))
     z = z.transpose(0, 1).flatten(1)                                # (2, 16000)
     n, var = z.shape[1], cov.diagonal()
     assert ((z.mean(1) - mean).abs() < 5 * (var / n).sqrt()).all()
@@ -502,36 +509,42 @@ def test_the_ideal_denoiser_samples_the_mean_and_covariance_of_gaussian_data(eta
 
 @pytest.mark.parametrize("guidance", [0.0, 0.6, 1.0, 2.5])
 def test_guided_v_is_two_forwards_one_by_one_with_and_without_gradient(guidance):
-    net, (z, t, prompt, prefs) = tiny(), batch(5)
-    want = []
+    net, (z, _, prompt, prefs) = tiny(), batch(5)
+    t, want = torch.full((5,), 0.3, dtype=torch.float64), []
     for b in range(5):
         row = [x[b:b + 1] for x in (z, t, prompt, prefs)]
         cond, null = net(*row), net(*row[:3], torch.full((1, 2), -1))
         want.append(null + guidance * (cond - null))
-    assert_close(guided_v(net, z, t, prompt, prefs, guidance), torch.cat(want))
+    assert_close(guided_v(net, z, 0.3, prompt, prefs, guidance), torch.cat(want))
     with torch.no_grad():
-        assert_close(guided_v(net, z, t, prompt, prefs, guidance), torch.cat(want))
-        assert_close(guided_v(net, z, t[0], prompt, prefs, guidance),
-                     guided_v(net, z, t[0].expand(5), prompt, prefs, guidance))             # one time for all
+        assert_close(guided_v(net, z, 0.3, prompt, prefs, guidance), torch.cat(want))
     assert_close(want[2], net(*[x[2:3] for x in (z, t, prompt, prefs)]))    # a null row stays null at any w
 
 
 def test_the_null_branch_is_without_gradient():
-    net, (z, t, prompt, prefs) = tiny(), batch()
-    guided_v(net, z, t, prompt, prefs.clamp(min=0), 2.5).square().sum().backward()
+    net, (z, _, prompt, prefs) = tiny(), batch()
+    guided_v(net, z, 0.3, prompt, prefs.clamp(min=0), 2.5).square().sum().backward()
     assert not net.null.grad.any() and net.preference.weight.grad.any()
 
 
-def test_guidance_0_is_null_and_1_is_cond():
-    net, (z, t, prompt, prefs) = tiny(), batch()
+def test_the_null_branch_is_skipped_where_it_would_count_nothing(monkeypatch):
+    net, (z, _, prompt, prefs) = tiny(), batch()
+    rows, forward = [], net.forward
+    monkeypatch.setattr(net, "forward", lambda z, *rest: rows.append(len(z)) or forward(z, *rest))
     with torch.no_grad():
-        assert_close(guided_v(net, z, t, prompt, prefs, 0.0), net(z, t, prompt, torch.full_like(prefs, -1)))
-        assert_close(guided_v(net, z, t, prompt, prefs, 1.0), net(z, t, prompt, prefs))
+        for guidance in (1.0, 2.0):
+            guided_v(net, z, 0.3, prompt, prefs, guidance)
+    assert rows == [4, 8]                                           # both branches in one batch
 
 
-def hand_step(net, z, k, steps, prompt, prefs, guidance, eta):
-    """Mean and std of step k, from two forwards of the denoiser and the numbers of slow_ddim."""
-    t, s = T_MAX * (steps - k) / steps, T_MAX * (steps - k - 1) / steps
+def test_guidance_ends_on_time():
+    cfg = ImageConfig(guidance=3.0, guidance_until=0.5)
+    assert [guidance_at(t, cfg) for t in (0.98, 0.51, 0.5, 0.1)] == [3, 3, 1, 1]
+    assert [guidance_at(t, replace(cfg, guidance=0.4)) for t in (0.98, 0.1)] == [0.4, 0.4]
+
+
+def hand_step(net, z, t, s, prompt, prefs, guidance, eta):
+    """Mean and std of a step from t to s, from two forwards of the denoiser and the numbers of slow_ddim."""
     time = torch.full((len(z),), t, dtype=z.dtype)
     with torch.no_grad():
         cond, null = net(z, time, prompt, prefs), net(z, time, prompt, torch.full_like(prefs, -1))
@@ -540,83 +553,50 @@ def hand_step(net, z, k, steps, prompt, prefs, guidance, eta):
 
 
 @pytest.mark.parametrize("guidance, eta, until, guided", [
-    (1.0, 1.0, 0.0, 4), (2.0, 1.0, 0.0, 4), (2.0, 0.4, 0.5, 2), (2.0, 1.0, 0.3, 3), (2.0, 1.0, 0.98, 0), (0.0, 0.7, 0.5, 4)])
-def test_log_prob_is_that_of_torch_distributions_for_the_chain_that_was_sampled(guidance, eta, until, guided):
+    (1.0, 1.0, 0.0, 4), (2.0, 1.0, 0.0, 4), (2.0, 0.4, 0.5, 2), (2.0, 1.0, 0.3, 3), (2.0, 1.0, 0.98, 0),
+    (0.0, 0.0, 0.5, 4)])
+def test_sampling_is_step_by_step_what_the_paper_says_with_fresh_noise(guidance, eta, until, guided):
     """Steps start at times 0.98, 0.735, 0.49, 0.245: so many of them are guided; w = 0 stays 0."""
-    net, (_, _, prompt, prefs), steps = tiny(), batch(64), 4
-    chain, noise = sample_latents(net, prompt, prefs, rng(3), guidance, steps, eta, until), []
-    noise.append(chain[0].flatten())
-    for k in range(steps - 1):
-        mean, std = hand_step(net, chain[k], k, steps, prompt, prefs, guidance if k < guided else 1.0, eta)
-        got_mean, got_std = transition(net, chain, k, prompt, prefs, guidance, eta, until)
-        assert_close(got_mean, mean)
-        assert_close(got_std.item(), std)
-        distance = (chain[k + 1] - got_mean) / got_std
-        log_prob = -distance.square() / 2 - got_std.log() - math.log(2 * math.pi) / 2
-        assert_close(log_prob.sum((1, 2, 3)), Normal(mean, std).log_prob(chain[k + 1]).sum((1, 2, 3)))
-        noise.append(((chain[k + 1] - mean) / std).flatten())
-    for drawn in noise:                 # the sampler's noise is standard normal, a fresh one at each step
-        assert scipy.stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
-    correlation = torch.corrcoef(torch.stack(noise)) - torch.eye(len(noise))
-    assert correlation.abs().max() < 5 / math.sqrt(len(noise[0]))
-    last, std = hand_step(net, chain[-2], steps - 1, steps, prompt, prefs, guidance if guided == steps else 1.0, eta)
-    assert std == 0
-    assert_close(chain[-1], last)                                   # no noise at the last step
+    net, (_, _, prompt, prefs) = tiny(guidance=guidance, eta=eta, guidance_until=until), batch(6)
+    got, g, times = sample_latents(net, prompt, prefs, rng(3), steps=4), rng(3), [0.98, 0.735, 0.49, 0.245, 0.0]
+    z = torch.randn(6, 2, 4, 4, generator=g, dtype=torch.float64)
+    for k, (t, s) in enumerate(zip(times, times[1:])):
+        mean, std = hand_step(net, z, t, s, prompt, prefs, guidance if k < guided else 1.0, eta)
+        z = mean + std * torch.randn(6, 2, 4, 4, generator=g, dtype=torch.float64)
+    assert std == 0                                                 # no noise at the last step
+    assert_close(got, z)
+    assert_close(sample_latents(net, prompt, prefs, rng(3)), sample_latents(net, prompt, prefs, rng(3), steps=8))
 
 
-@pytest.mark.parametrize("guidance, eta", [(1.0, 1.0), (2.0, 0.6)])
-def test_a_group_starts_from_one_noise_and_goes_apart_by_the_same_steps(guidance, eta):
-    """Against the chain of one row at a time, value and gradient; each row's own noise from the first step on."""
-    net, (_, _, prompt, prefs) = tiny(codes=4), batch(4)
-    net.requires_grad_(False).preference.requires_grad_(True)
-    prompt, prefs = prompt.repeat_interleave(3, 0), prefs.clamp(min=0).repeat_interleave(3, 0)
-    free = sample_latents(net, prompt, prefs, rng(3), guidance, 4, eta)
-    chain = sample_latents(net, prompt, prefs, rng(3), guidance, 4, eta, group=3)
-    assert torch.equal(chain[0], free[0, ::3].repeat_interleave(3, 0))      # the noise that would be drawn anyway
-    z = chain[0].unflatten(0, (4, 3))
-    assert (z[:, 0] == z[:, 1]).all() and (z[0] != z[1]).any()
-    assert (chain[1].unflatten(0, (4, 3)).diff(dim=1).abs().amax((1, 2, 3, 4)) > 0.1).all()
-    for k in range(3):
-        mean, std = transition(net, chain, k, prompt, prefs, guidance, eta, group=3)
-        want, want_std = hand_step(net, chain[k], k, 4, prompt, prefs, guidance, eta)
-        assert_close(mean, want)
-        assert_close(std.item(), want_std)
-        noise = ((chain[k + 1] - want) / want_std).flatten(1)
-        assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.9
-        if k == 0:
-            assert_close(noise, ((free[1] - hand_step(net, free[0], 0, 4, prompt, prefs, guidance, eta)[0]) / want_std).flatten(1))
-        weight = torch.randn(mean.shape, generator=rng(4), dtype=mean.dtype)
-        gradients = [torch.autograd.grad((weight * transition(net, chain, k, prompt, prefs, guidance, eta, group=n)[0]).sum(),
-                                         net.preference.weight)[0] for n in (1, 3)]
-        assert_close(*gradients)
-    assert_close(chain[-1], hand_step(net, chain[-2], 3, 4, prompt, prefs, guidance, eta)[0])
-    for group in (0, 5):
-        with pytest.raises(ValueError, match=f"group={group} for 12 rows: need a divisor"):
-            sample_latents(net, prompt, prefs, rng(), group=group)
+def test_denoising_in_two_stretches_is_denoising_in_one():
+    net, (z, _, prompt, prefs) = tiny(guidance=2.0, guidance_until=0.5), batch()
+    times, one, two = sampling_times(4), rng(), rng()
+    whole = denoise(net, z, times, prompt, prefs, one)
+    half = denoise(net, z, times[:3], prompt, prefs, two)
+    assert_close(denoise(net, half, times[2:], prompt, prefs, two), whole)
+    assert not whole.requires_grad and torch.equal(denoise(net, z, times[:1], prompt, prefs), z)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_eta_0_is_a_function_of_the_first_noise_and_eta_1_is_not(guidance):
-    net, (_, _, prompt, prefs) = tiny(), batch()
-    prompt, prefs = prompt[:1].expand(2, -1), prefs[:1].expand(2, -1)
+    net, (z, _, prompt, prefs) = tiny(guidance=guidance), batch()
     for eta in (0.0, 1.0):
-        chain = sample_latents(net, prompt, prefs, rng(), guidance, 5, eta)
-        z = chain[0]
-        for k in range(5):
-            z, _ = hand_step(net, z, k, 5, prompt, prefs, guidance, eta)
-        assert ((chain[-1] - z).abs().max() < 1e-9) == (eta == 0)
+        net.cfg = replace(net.cfg, eta=eta)
+        one, other = (denoise(net, z, sampling_times(5), prompt, prefs, rng(seed)) for seed in (0, 1))
+        assert ((one - other).abs().max() < 1e-9) == (eta == 0)
 
 
 def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_draws():
-    net, (_, _, prompt, prefs) = tiny(dtype=torch.float32), batch()
+    net, (_, _, prompt, prefs) = tiny(dtype=torch.float32, guidance=2.0), batch()
     for eta in (0.0, 1.0):
-        first, second = (sample_latents(net, prompt, prefs, rng(4), 2.0, 3, eta) for _ in range(2))
+        net.cfg = replace(net.cfg, eta=eta)
+        first, second = (sample_latents(net, prompt, prefs, rng(4), 3) for _ in range(2))
         assert torch.equal(first, second)
-        assert not torch.equal(first, sample_latents(net, prompt, prefs, rng(5), 2.0, 3, eta))
+        assert not torch.equal(first, sample_latents(net, prompt, prefs, rng(5), 3))
     states = []
-    for settings in ((prompt, prefs, 2.0, 3, 1.0), (prompt + 1, prefs * 0, 1.0, 3, 0.0)):
-        g = rng(4)
-        sample_latents(net, settings[0] % 5, settings[1], g, *settings[2:])
+    for words, tastes, eta, guidance in ((prompt, prefs, 1.0, 2.0), ((prompt + 1) % 5, prefs * 0, 0.0, 1.0)):
+        net.cfg, g = replace(net.cfg, eta=eta, guidance=guidance), rng(4)
+        sample_latents(net, words, tastes, g, 3)
         states.append(g.get_state())
     assert torch.equal(*states)
     z, autoencoder = torch.randn(4, 2, 4, 4, generator=rng()), tiny_autoencoder()
@@ -626,61 +606,67 @@ def test_sampling_is_repeatable_and_advances_the_generator_the_same_whatever_it_
     assert first == second and torch.equal(torch.get_rng_state(), before)
 
 
+def test_within_table_as_another_table_speaks_and_then_again_the_own():
+    net, (z, t, prompt, prefs) = tiny(), batch()
+    other = tiny()
+    other.preference.weight.data.neg_()
+    before, want = net(z, t, prompt, prefs), other(z, t, prompt, prefs)
+    with pytest.raises(KeyboardInterrupt), table_as(net, other.preference.weight.detach()):
+        assert_close(net(z, t, prompt, prefs), want)
+        raise KeyboardInterrupt                                     # whatever happens
+    assert torch.equal(net(z, t, prompt, prefs), before) and not torch.equal(before, want)
+
+
 # Policy gradient --------------------------------------------------------------------------------------------
 
-def chain_log_prob(net, chain, prompt, prefs, guidance, eta=1.0):
-    """() the sum over rows and Gaussian steps of the chain's log-probability."""
-    total = 0.0
-    for k in range(len(chain) - 2):
-        mean, std = transition(net, chain, k, prompt, prefs, guidance, eta)
-        total = total + Normal(mean, std).log_prob(chain[k + 1]).sum()
-    return total
+def first_step_log_prob(net, start, drawn, prompt, prefs, guidance, eta=1.0):
+    """() the sum over rows of log p(drawn | start) of a step from 0.98 to 0.65."""
+    v = guided_v(net, start, 0.98, prompt, prefs, guidance)
+    mean, std = ddim_step(start, v, 0.98, 0.65, eta)
+    return Normal(mean, std).log_prob(drawn).sum()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_log_prob_reaches_only_the_preference_table_and_only_rows_in_use(guidance):
-    net, (_, _, prompt, prefs) = tiny(codes=4), batch()
+    net, (z, _, prompt, prefs) = tiny(codes=4), batch()
     net.requires_grad_(False).preference.requires_grad_(True)
-    chain = sample_latents(net, prompt, prefs, rng(), guidance, 3)
-    chain_log_prob(net, chain, prompt, prefs, guidance).backward()
+    first_step_log_prob(net, z, z + 0.1, prompt, prefs, guidance).backward()
     assert {name for name, p in net.named_parameters() if p.grad is not None} == {"preference.weight"}
     used = {m * 4 + code for row in prefs.tolist() for m, code in enumerate(row) if code >= 0}
     assert set(net.preference.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()) == used
-    net.zero_grad()
-    net.preference.requires_grad_(False)
-    assert not chain_log_prob(net, chain, prompt, prefs, guidance).requires_grad
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_log_prob_gradient_against_finite_differences(guidance):
-    net, (_, _, prompt, prefs) = tiny(), batch()
+    net, (z, _, prompt, prefs) = tiny(), batch()
     net.requires_grad_(False).preference.requires_grad_(True)
-    chain, table = sample_latents(net, prompt, prefs, rng(), guidance, 3), net.preference.weight
-    gradient, = torch.autograd.grad(chain_log_prob(net, chain, prompt, prefs, guidance), table)
+    table, args = net.preference.weight, (z, z + 0.1, prompt, prefs, guidance)
+    gradient, = torch.autograd.grad(first_step_log_prob(net, *args), table)
     used = [(row, d) for row in gradient.abs().sum(1).nonzero()[:, 0].tolist() for d in (0, 5, 15)]
     for row, d in used:
         with torch.no_grad():
             value, sides = table[row, d].item(), []
             for side in (1e-5, -1e-5):
                 table[row, d] = value + side
-                sides.append(chain_log_prob(net, chain, prompt, prefs, guidance))
+                sides.append(first_step_log_prob(net, *args))
             table[row, d] = value
         assert_close(gradient[row, d], (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-6)
 
 
-def test_the_score_of_the_sampled_chain_averages_to_zero():
+def test_the_score_of_what_was_sampled_averages_to_zero():
     """E[grad log p] = 0 under the distribution that was sampled, and not under another guidance. 32 groups of
-    24 chains each read a copy of the same token: its row's gradient is the group's score."""
-    net, groups = tiny(levels=1, codes=32), 32
+    24 pictures each read a copy of the same token: its row's gradient is the group's score."""
+    net, groups = tiny(levels=1, codes=32, guidance=3.0), 32
     with torch.no_grad():
         net.preference.weight[:] = net.preference.weight[0]
     net.requires_grad_(False).preference.requires_grad_(True)
     prefs = torch.arange(groups).repeat_interleave(24)[:, None]
     prompt = torch.tensor([[1, 2, 0]]).expand(len(prefs), -1)
-    chain = sample_latents(net, prompt, prefs, rng(11), 3.0, 3)
+    start = net.noise(len(prefs), rng(11))
+    drawn = denoise(net, start, [0.98, 0.65], prompt, prefs, rng(12))
 
     def sigmas(guidance):
-        log_prob = chain_log_prob(net, chain, prompt, prefs, guidance)
+        log_prob = first_step_log_prob(net, start, drawn, prompt, prefs, guidance)
         score, = torch.autograd.grad(log_prob, net.preference.weight)                       # (32, D)
         return (score.mean(0) / score.std(0) * math.sqrt(groups)).abs().max()
     assert sigmas(3.0) < 5 and sigmas(1.0) > 8
@@ -716,7 +702,7 @@ def test_ema_forgets_the_start_and_has_the_memory_that_its_decay_says():
 # Devices, types, sizes --------------------------------------------------------------------------------------
 
 def on_meta(cfg, size=2):
-    """A training step of either network, a sampled chain, a differentiated step: no host sync anywhere."""
+    """A training step of either network, a sampled latent, a differentiated step: no look at a number anywhere."""
     with torch.device("meta"):
         net, autoencoder = Denoiser(cfg, 50, 4, 64), Autoencoder(cfg)
         prompt, prefs = torch.ones(size, 3, dtype=torch.int64), torch.zeros(size, 4, dtype=torch.int64)
@@ -728,13 +714,13 @@ def on_meta(cfg, size=2):
     loss.backward()
     for network in (net, autoencoder):
         assert all(p.grad.shape == p.shape and p.grad.is_meta for p in network.parameters())
-    chain = sample_latents(net, prompt, prefs, None, 2.0, 3)
-    autoencoder.decode(chain[-1])
-    mean, std = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
+    drawn = sample_latents(net, prompt, prefs, None, 3)
+    autoencoder.decode(drawn)
+    mean, std = ddim_step(z, guided_v(net, z, 0.9, prompt, prefs, 2.0), 0.9, 0.5, 1.0)
     (mean / std).sum().backward()
     ema_update(net, net, 0.9, 1)
-    assert loss.is_meta and mean.is_meta and std.is_meta and chain.is_meta
-    assert mean.shape == chain[0].shape == z.shape
+    assert loss.is_meta and mean.is_meta and std.is_meta and drawn.is_meta
+    assert mean.shape == drawn.shape == z.shape
     return sum(p.numel() for p in net.parameters())
 
 
@@ -747,32 +733,11 @@ def test_training_and_sampling_run_on_the_meta_device_up_to_100_million_paramete
 def test_dtype_stays(dtype):
     net, (z, t, prompt, prefs) = tiny(dtype=dtype), batch()
     z, autoencoder = z.to(dtype), tiny_autoencoder(dtype)
-    chain = sample_latents(net, prompt, prefs, rng(), 2.0, 3)
-    for x in (net.loss(z, prompt, prefs, rng()), chain, *transition(net, chain, 0, prompt, prefs, 2.0, 1.0),
-              autoencoder.loss(pictures(2).to(dtype), 0.1, rng()), autoencoder.encode(pictures(2).to(dtype)),
-              autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
+    v = guided_v(net, z, 0.9, prompt, prefs, 2.0)
+    for x in (net.loss(z, prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 3), v,
+              *ddim_step(z, v, 0.9, 0.5, 1.0), autoencoder.loss(pictures(2).to(dtype), 0.1, rng()),
+              autoencoder.encode(pictures(2).to(dtype)), autoencoder.decode(z), net(z, t.to(dtype), prompt, prefs)):
         assert x.dtype == dtype
-
-
-def test_small_convolution_is_the_convolution_in_value_and_gradient(monkeypatch):
-    g = rng()
-    x, weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
-                       for shape in ((2, 3, 4, 3), (5, 3, 3, 3), (5,)))
-    assert_close(_SmallConv.apply(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
-    assert torch.autograd.gradcheck(_SmallConv.apply, (x, weight, bias))
-    layer, calls = nn.Conv2d(8, 8, 3, padding=1), []
-    apply = _SmallConv.apply
-    monkeypatch.setattr(_SmallConv, "apply", lambda *args: calls.append(args[0].shape[2:]) or apply(*args))
-    for side in (4, 5):
-        x, results = torch.randn(6, 8, side, side, generator=g, requires_grad=True), []
-        for call in (lambda: conv3x3(x, layer), lambda: layer(x)):
-            with torch.autocast("cpu", torch.bfloat16):
-                y = call()
-            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))))
-        for ours, theirs in zip(*results):
-            assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= 0.01 * theirs.norm()
-    assert torch.equal(conv3x3(x[:, :, :4, :4], layer), layer(x[:, :, :4, :4]))
-    assert calls == [(4, 4)]                                        # neither larger pictures nor fp32
 
 
 def test_the_denoiser_runs_in_pure_bf16():
@@ -782,18 +747,18 @@ def test_the_denoiser_runs_in_pure_bf16():
     assert rough.dtype == torch.bfloat16 and (rough - exact).norm() <= 0.05 * exact.norm()
 
 
-def test_mixed_precision_keeps_chain_loss_and_transition_in_fp32():
-    net, (z, _, prompt, prefs) = tiny(dtype=torch.float32), batch()
-    loss, chain = net.loss(z.float(), prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 2.0, 3)
-    exact = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
+def test_mixed_precision_keeps_loss_and_samples_in_fp32():
+    net, (z, _, prompt, prefs) = tiny(dtype=torch.float32, guidance=2.0), batch()
+    z = z.float()
+
+    def results():
+        return (net.loss(z, prompt, prefs, rng()), sample_latents(net, prompt, prefs, rng(), 3),
+                *(guided_v(net, z, 0.9, prompt, prefs, w) for w in (1.0, 2.0)))
+    exact = results()
     with torch.autocast("cpu", torch.bfloat16):
-        assert net(chain[0], torch.rand(4), prompt, prefs).dtype == torch.bfloat16      # autocast is at work
-        assert guided_v(net, chain[0], torch.rand(4), prompt, prefs, 1.0).dtype == torch.float32
-        assert guided_v(net, chain[0], torch.rand(4), prompt, prefs, 2.0).dtype == torch.float32
-        step = transition(net, chain, 1, prompt, prefs, 2.0, 1.0)
-        drawn = sample_latents(net, prompt, prefs, rng(), 2.0, 3)
-        rough = net.loss(z.float(), prompt, prefs, rng()), *step, drawn
-    for got, want in zip(rough, (loss, *exact, chain)):
+        assert net(z, torch.rand(4), prompt, prefs).dtype == torch.bfloat16     # autocast is at work
+        rough = results()
+    for got, want in zip(rough, exact):
         assert got.dtype == torch.float32
         assert (got - want).abs().max() < 0.05 * want.abs().max()
 
@@ -807,66 +772,24 @@ def test_empty_and_single_batches(size):
     assert autoencoder.decode(whole[:size]).shape == x.shape
     assert_close(net(z, t, prompt, prefs), net(*batch())[:size])
     for guidance in (1.0, 2.0):
-        chain = sample_latents(net, prompt, prefs, rng(), guidance, 3)
-        assert chain.shape == (4, size, 2, 4, 4) and chain.isfinite().all()
-        assert transition(net, chain, 0, prompt, prefs, guidance, 1.0)[0].shape == z.shape
+        net.cfg = replace(net.cfg, guidance=guidance)
+        drawn = sample_latents(net, prompt, prefs, rng(), 3)
+        assert drawn.shape == (size, 2, 4, 4) and drawn.isfinite().all()
 
 
 # Errors -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("field, value, cure", [
-    ("size", 30, "need a multiple of 8"), ("ae_width", 24, "need a multiple of 16"),
-    ("width", 12, "need a multiple of 8"), ("heads", 5, "need a divisor of 2 width = 192"),
-    ("null_rate", 1.0, "need 0 <= null_rate < 1"), ("ema", 1.0, "need 0 <= ema < 1"),
-    ("eta", 1.01, "need 0 <= eta <= 1"), ("size", -8, "need a finite size >= 1"),
-    ("lr", math.inf, "need a finite lr >= 0"),
-    *[(f.name, 0, f"need a finite {f.name} >= 1") for f in fields(ImageConfig) if f.type is int],
-    ("time_mean", math.nan, "need a finite time_mean >= -inf"),
-    *[(f.name, value, f"need a finite {f.name} >= 0") for f in fields(ImageConfig)
-      if f.type is float and f.name != "time_mean" for value in (-0.1, math.nan)]])
-def test_config_errors_name_field_value_and_cure(field, value, cure):
-    with pytest.raises(ValueError, match=rf"^ImageConfig\.{field}={value}: {cure}$"):
-        ImageConfig(**{field: value})
-
-
-def test_config_accepts_the_ends_of_its_ranges():
-    ImageConfig(size=8, ae_width=16, width=8, heads=16, eta=0.0, ema=0.0, null_rate=0.0, guidance=0.0, lr=0.0)
-
 
 @pytest.mark.parametrize("call", ["encode", "posterior", "loss"])
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 16, 12), (2, 1, 16, 16), (3, 16, 16)])
 def test_pictures_of_another_size_are_refused_with_both_sizes_and_the_cure(call, shape):
     args = (0.1,) if call == "loss" else ()
-    text = rf"pictures \({', '.join(map(str, shape))}\): need .*ImageConfig\.size = 16; resize them or set"
+    text = rf"pictures \({', '.join(map(str, shape))}\): need .*ImageConfig\.size = 16; resize them"
     with pytest.raises(ValueError, match=text):
         getattr(tiny_autoencoder(), call)(torch.zeros(shape, dtype=torch.float64), *args)
 
 
 def test_shape_errors_name_both_sizes_and_the_cure():
     net, (z, t, prompt, prefs) = tiny(), batch()
-
-    def refused(text, function, *args):
-        with pytest.raises(ValueError, match=text):
-            function(*args)
-    for latents in (z[:, :1], z[..., :2], z[0]):        # the first would broadcast
-        refused(r"Autoencoder: latents \(.*\): need .* \(2, 4, 4\) after B.*ImageConfig",
-                tiny_autoencoder().decode, latents)
-    for latents in (z[:, :1], z[..., :2], z[:1]):       # the last would broadcast
-        refused(r"Denoiser: latents \(.*\) for prompt \(4, 3\): need .* = \(4, 2, 4, 4\), as ImageConfig",
-                net, latents, t, prompt, prefs)
     for wrong in (prefs[:, :1], prefs[:3], prefs[0]):
-        refused(r"prefs \(.*\) for prompt \(4, 3\): need \(B, M\) = \(4, 2\)", net, z, t, prompt, wrong)
-    for sizes in ((0, 2, 3), (5, 0, 3), (5, 2, 0)):
-        refused("Denoiser: n_words={}, levels={}, codes={}: need each >= 1".format(*sizes), Denoiser,
-                ImageConfig(**TINY), *sizes)
-
-
-def test_steps_without_a_density_and_chains_without_steps_are_refused():
-    net, (_, _, prompt, prefs) = tiny(), batch()
-    chain = sample_latents(net, prompt, prefs, rng(), steps=3)
-    for k, eta in ((2, 1.0), (3, 1.0), (-1, 1.0), (0, 0.0)):
-        with pytest.raises(ValueError, match=rf"step {k} of 3 at eta={eta} has no density: need 0 <= k < 2"):
-            transition(net, chain, k, prompt, prefs, 1.0, eta)
-    for steps, eta in ((0, 1.0), (3, -0.1), (3, 1.1), (3, math.nan)):
-        with pytest.raises(ValueError, match=f"steps={steps}, eta={eta}: need steps >= 1 and 0 <= eta <= 1"):
-            sample_latents(net, prompt, prefs, rng(), steps=steps, eta=eta)
+        with pytest.raises(ValueError, match=r"Denoiser: prefs \(.*\) for prompt \(4, 3\): need \(B, M\) = \(4, 2\)"):
+            net(z, t, prompt, wrong)

@@ -1,4 +1,4 @@
-"""The house rules that a program can check: imports, sizes, docstrings, and that the README names what exists."""
+"""The house rules that a program can check: imports, budgets, docstrings, and that the README names what exists."""
 import ast
 import importlib
 import re
@@ -7,9 +7,16 @@ import sys
 import pytest
 from conftest import ROOT
 
-MODULES = ("gnn", "vq", "generators", "reward", "dppmg", "train")
+BUDGET = {      # code lines and thousand characters of them: DESIGN.md, section 2
+    "gnn": (245, 15), "vq": (175, 11), "generators": (430, 25), "reward": (260, 16),
+    # not there yet: 480 lines and 28 thousand characters, 710 and 43; until then they may only shrink
+    "dppmg": (625, 37.5), "train": (1022, 61.5)}
+MODULES = tuple(BUDGET)
 PARTS = MODULES[:4]
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tqdm", "pytest"}
+FREE = {"self", "cls", "run", "graph", "decoder", "denoiser", "judge", "optimizer", "cfg"}     # a network, its config
+each_part = pytest.mark.parametrize("module", PARTS)
+each_module = pytest.mark.parametrize("module", MODULES)
 
 
 def parse(module):
@@ -21,6 +28,11 @@ def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
+def prose(node):
+    """The lines of a node's docstring."""
+    return range(node.body[0].lineno, node.body[0].end_lineno + 1) if ast.get_docstring(node) else range(0)
+
+
 def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -29,25 +41,56 @@ def imported(tree):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each_module
 def test_imports_point_one_way_and_to_six_packages(module):
     own = set(imported(parse(module)[1])) - PACKAGES - set(sys.stdlib_module_names) - {"__future__"}
     allowed = {"dppmg": set(PARTS), "train": {*PARTS, "dppmg"}}.get(module, set())
     assert own <= allowed, f"{module}.py imports {own - allowed}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_and_functions_are_short(module):
+@each_module
+def test_files_keep_to_their_budgets(module):
     text, tree = parse(module)
-    most = 1200 if module == "train" else 900       # README, deviation 15
-    assert text.count("\n") <= most, f"{module}.py has {text.count(chr(10))} lines"
-    for node in functions(tree):
-        prose = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
-        length = node.end_lineno - node.lineno + 1 - prose
+    nodes = [tree, *(n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))]
+    skipped, lines = {k for node in nodes for k in prose(node)}, text.split("\n")
+    code = [x for k, x in enumerate(lines, 1) if x.strip() and not x.strip().startswith("#") and k not in skipped]
+    size, most = (len(code), sum(map(len, code)) / 1000), BUDGET[module]
+    assert size[0] <= most[0] and size[1] <= most[1], f"{module}.py: {size[0]} code lines, {size[1]:.1f} thousand characters"
+
+
+@each_part      # dppmg.py and train.py are not there yet
+def test_no_line_is_wider_than_100_characters(module):
+    wide = [n for n, line in enumerate(parse(module)[0].split("\n"), 1) if len(line) > 100]
+    assert not wide, f"{module}.py: lines {wide}"
+
+
+@each_module
+def test_functions_are_short_and_take_few_parameters(module):
+    for node in functions(parse(module)[1]):
+        length = node.end_lineno - node.lineno + 1 - len(prose(node))
         assert length <= 40, f"{module}.py:{node.lineno} {node.name} has {length} lines without its docstring"
+        names = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        own = [name for name in names if name not in FREE]
+        most = 6 if node.name == "generate" else 5      # who, about what, how many, which: the one call that users write
+        assert len(own) <= most, f"{module}.py:{node.lineno} {node.name} takes {own}"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each_part      # dppmg.py and train.py are not there yet
+def test_nothing_is_used_above_its_definition(module):
+    _, tree = parse(module)
+    defined = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    notes = [n.returns for n in functions(tree)] + [n.annotation for n in ast.walk(tree) if isinstance(n, (ast.arg, ast.AnnAssign))]
+    noted = {id(x) for note in notes if note for x in ast.walk(note)}
+    for f in functions(tree):       # a local variable of the same name is another thing
+        local = {x.id for x in ast.walk(f) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        local |= {x.arg for x in ast.walk(f) if isinstance(x, ast.arg)}
+        noted |= {id(x) for x in ast.walk(f) if isinstance(x, ast.Name) and x.id in local}
+    early = [f"{n.id} (line {n.lineno})" for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in noted
+             and isinstance(n.ctx, ast.Load) and n.lineno < defined.get(n.id, 0)]
+    assert not early, f"{module}.py uses before it defines: {early}"
+
+
+@each_module
 def test_public_names_have_docstrings(module):
     _, tree = parse(module)
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
@@ -58,10 +101,10 @@ def test_public_names_have_docstrings(module):
         assert node.name.startswith("_") or overrides or ast.get_docstring(node), f"{module}.py:{node.lineno} {node.name}"
 
 
-@pytest.mark.parametrize("module", MODULES[:5])
-def test_devices_are_named_only_where_a_run_begins(module):
+@each_module
+def test_no_code_is_tied_to_one_kind_of_device(module):
     text, _ = parse(module)
-    assert ".cuda(" not in text
+    assert not re.search(r"\.cuda\(|Intel|AMD", text)
 
 
 def test_importing_changes_nothing():
@@ -83,8 +126,10 @@ def test_readme_map_points_at_real_code():
             target = getattr(target, part)
 
 
-def test_readme_has_no_gap():
-    assert not re.findall(r"@[A-Z]+@|TODO|XXX", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_readme_is_short_and_has_no_gap():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.findall(r"@[A-Z]+@|TODO|XXX", text)
+    assert len(text.split()) <= 2400
 
 
 def test_every_setting_has_a_help_text():
