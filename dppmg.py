@@ -1,28 +1,29 @@
-"""DPPMG: from who liked what to pictures and texts made for one person (SIGIR 2026, arXiv 2604.20434).
+"""DPPMG: from who liked what to pictures and texts made for one person (SIGIR 2026, 2604.20434).
 
-    for m in (image, text):                                  # stage 1: what does each user like?
-        f_m   = features of every item in m                  #   PCA of latents; TF-IDF and SVD of tokens
-        p_m   = propagate(graph, [e_u, W_m f_m])             #   gnn.py: a preference per user and modality
-        k_m   = residual_quantize(encoder(p_m))              #   vq.py: L discrete preference tokens
-    text  ~ decoder(prompt words, k_text)                    # stage 2: generators.py: GPT
-    image ~ denoiser(prompt words, k_image)                  #   generators.py: latent diffusion
-    repeat:                                                  # reward.py: make the two agree, for this person
+    for m in (image, text):                                # stage 1: what does each user like?
+        f_m   = features of every item in m                #   PCA of latents; SVD of TF-IDF
+        p_m   = propagate(graph, [e_u, W_m f_m])           #   gnn.py: a preference per user
+        k_m   = residual_quantize(encoder(p_m))            #   vq.py: L discrete preference tokens
+    text  ~ decoder(prompt words, k_text)                  # stage 2: generators.py: GPT
+    image ~ denoiser(prompt words, k_image)                #   generators.py: latent diffusion
+    repeat:                                                # reward.py: make the two agree
         x, y  = several images and texts for one (user, prompt)
         R     = lambda_c cos(x, y) + lambda_p (p_image . W f(x) + p_text . W f(y))
-        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m alone,
-        less kl_text KL[p(y) || p(y) at the start]           #   so that texts please people, too
-    a new user's p_m: the history's items, propagated once   # fold_in
+        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m
+        alone, less kl_text KL[p(y) || p(y) at the start]  #  so that texts please people, too
+    a new user's p_m: the history's items, propagated once # fold_in
 
 This file: the settings (Config), the method wired together (DPPMG), the data folder (Dataset), and
     python dppmg.py RUN --user U --prompt "fish"
 
 A data set is a folder, checked whole before anything is learnt:
-    interactions.csv   user,item[,timestamp]   ids are any strings; timestamp: numbers or ISO dates
-    items.csv          item,text[,prompt]      UTF-8; prompt: what it is about, phrases parted by commas
+    interactions.csv   user,item[,timestamp]   ids: any strings; timestamp: numbers or ISO dates
+    items.csv          item,text[,prompt]      UTF-8; prompt: phrases parted by commas
     images/ITEM.png    (.jpg .jpeg .webp)      any size and mode
 
-Shapes: U users, I items, R interactions, H picture height = width, D width, F features, B batch, P prompt
-words, M preference tokens, T text length, V vocabulary, G groups, S samples in a group.
+Shapes: U users, I items, R interactions, H picture height = width, D width, F features, B batch,
+P prompt words, M = L preference tokens, T text length, V vocabulary, G groups, S samples in a
+group, C x h x h a latent.
 """
 from __future__ import annotations
 
@@ -41,9 +42,10 @@ import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -51,7 +53,7 @@ from unicodedata import normalize
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from generators import (PAD, Autoencoder, Denoiser, ImageConfig, TextConfig, TextDecoder, Tokenizer,
                         ddim_step, denoise, guidance_at, guided_v, sample_latents, sample_text,
@@ -84,18 +86,18 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-1]} ({len(text) - 2:,} characters)"
 
 
-# ---- settings ----------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 MODALITIES = ("image", "text")
-SHARES = ("vq.ema_decay vq.revive_below text.null_rate image.null_rate image.ema reward.scorer_mirror "
-          "reward.scorer_zoom reward.scorer_dropout reward.scorer_drop").split()
-LIMITS = dict.fromkeys(SHARES, (0, 0.9999)) | {  # others: an integer >= 1, a float >= 0
+SHARES = ("vq.ema_decay vq.revive_below text.null_rate image.null_rate image.ema "
+          "reward.scorer_mirror reward.scorer_zoom reward.scorer_dropout reward.scorer_drop")
+# least and most of a setting; of others an integer is >= 1, a float >= 0
+LIMITS = dict.fromkeys(SHARES.split(), (0, 0.9999)) | {
     "method.seed": (0, 2**63 - 1), "text.vocab_size": (260, math.inf), "text.top_p": (0.001, 1),
     "image.guidance_until": (0, 1), "image.eta": (0, 1), "image.time_mean": (-9, 9),
     "reward.rounds": (0, math.inf), "reward.diffusion_steps": (2, math.inf),
     "reward.images": (2, math.inf), "reward.texts": (2, math.inf),
     "reward.scorer_batch": (2, math.inf), "reward.scorer_temperature": (0.01, 1)}
-MULTIPLES = {"image.size": 8, "image.ae_width": 16, "image.width": 8, "reward.scorer_width": 8}
 
 
 def flag_of(group: str, name: str) -> str:
@@ -104,14 +106,13 @@ def flag_of(group: str, name: str) -> str:
 
 
 def check_limits(group: str, part: object, limits: dict[str, tuple[float, float]]):
-    """Raises ValueError, with flag, value and cure, unless each setting of a group is within its limits."""
+    """Raises ValueError, with flag, value and cure, unless a group's settings are within limits."""
     for field in fields(part):
         value, kind = getattr(part, field.name), type(field.default)
         low, high = limits.get(f"{group}.{field.name}", (int(kind is int), math.inf))
         if not isinstance(value, (int, kind)) or not low <= value <= high or value == math.inf:
-            most = "" if high == math.inf else f" and <= {high}"
-            what = f"{flag_of(group, field.name)} {value}"
-            raise ValueError(f"{what}: need a finite {kind.__name__} >= {low}{most}")
+            need = f"a finite {kind.__name__} >= {low} and <= {high}"
+            raise ValueError(f"{flag_of(group, field.name)} {value}: need {need}")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings: one frozen dataclass per module. Flag --gnn-dim is gnn.dim, and so on (train.py).
-    Raises ValueError on a setting that cannot work."""
+    """All settings, a frozen dataclass per module. Raises ValueError on one that cannot work."""
     method: MethodConfig = MethodConfig()
     gnn: GNNConfig = GNNConfig()
     vq: VQConfig = VQConfig()
@@ -137,42 +137,40 @@ class Config:
         for group in fields(self):
             check_limits(group.name, getattr(self, group.name), LIMITS)
         text, image, reward = self.text, self.image, self.reward
-        no_reward = reward.rounds == 0  # a reward needs densities
-        needs = [(name, self._value(name) % unit == 0, f"a multiple of {unit}")
-                 for name, unit in MULTIPLES.items()]
-        needs += [("text.heads", text.width % text.heads == 0, f"a divisor of {text.width}"),
-                  ("image.heads", 2 * image.width % image.heads == 0, f"a divisor of {2 * image.width}"),
-                  ("reward.lambda_p", reward.lambda_c + reward.lambda_p > 0, "this or lambda_c > 0"),
-                  ("image.eta", no_reward or image.eta > 0, "> 0, or --reward-rounds 0"),
-                  ("text.temperature", no_reward or text.temperature > 0, "> 0, or --reward-rounds 0")]
-        for name, ok, cure in needs:
-            if not ok:
-                raise ValueError(f"{flag_of(*name.split('.'))} {self._value(name)}: need {cure}")
-
-    def _value(self, name: str) -> float:
-        group, setting = name.split(".")
-        return getattr(getattr(self, group), setting)
+        learns = reward.rounds > 0  # by REINFORCE, which needs densities
+        for name, wrong, need in (
+                ("image.size", image.size % 8, "a multiple of 8"),
+                ("image.ae_width", image.ae_width % 16, "a multiple of 16"),
+                ("image.width", image.width % 8, "a multiple of 8"),
+                ("reward.scorer_width", reward.scorer_width % 8, "a multiple of 8"),
+                ("text.heads", text.width % text.heads, f"a divisor of {text.width}"),
+                ("image.heads", 2 * image.width % image.heads, f"a divisor of {2 * image.width}"),
+                ("reward.lambda_p", not reward.lambda_c + reward.lambda_p, "> 0, or lambda_c > 0"),
+                ("image.eta", learns and not image.eta, "> 0, or --reward-rounds 0"),
+                ("text.temperature", learns and not text.temperature, "> 0, or --reward-rounds 0")):
+            if wrong:
+                flag = flag_of(*name.split("."))
+                raise ValueError(f"{flag} {attrgetter(name)(self)}: need {need}")
 
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
         """The Config whose asdict() this is. Raises ValueError or TypeError on anything else."""
-        if set(values) != {group.name for group in fields(cls)}:
-            raise ValueError(f"settings are of {', '.join(values)}; need those of all groups")
-        return cls(**{group.name: type(group.default)(**values[group.name]) for group in fields(cls)})
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        if set(values) != set(kinds):
+            raise ValueError(f"settings of {', '.join(values)}; need {', '.join(kinds)}")
+        return cls(**{name: kind(**values[name]) for name, kind in kinds.items()})
 
 
-def settings(parts: dict[str, type]) -> list[tuple[str, str, Field, str]]:
-    """(group, name, field, help) of every setting; the help is the comment behind it in the source."""
+def settings(parts: dict[str, type]) -> list[tuple]:
+    """(group, name, field, help) of every setting; the help is the comment behind it."""
     found = []
     for group, part in parts.items():
-        source = inspect.getsource(sys.modules[part.__module__])
-        body = re.search(rf"^class {part.__name__}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)[0]
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", body, re.MULTILINE))
-        found += [(group, field.name, field, comments.get(field.name, "")) for field in fields(part)]
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.M))
+        found += [(group, x.name, x, comments.get(x.name, "")) for x in fields(part)]
     return found
 
 
-# ---- files -------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 FORMAT = "DPPMG checkpoint 2"
 
@@ -183,8 +181,8 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """Yields the name of a temporary file beside `path`, which then takes its place at once: a reader sees the old file
-    or the new one, never half of it; after an error the old one."""
+    """Yields the name of a temporary file beside `path`, which then takes its place at once: a
+    reader sees the old file or the new one, never half of it; after an error the old one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -195,28 +193,29 @@ def replacing(path: str | Path):
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint's values; data only, no code is run. Raises CheckpointError on anything but a whole checkpoint."""
+    """The checkpoint's values; no code in it is run. Raises CheckpointError on anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; need a run of train.py") from None
-    except Exception as error:      # a damaged zip or pickle makes torch.load raise nearly anything
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}): need {FORMAT!r}, as "
-                              "train.py writes it") from None
+        raise CheckpointError(f"{path}: {error.strerror}; need a run of train.py") from None
+    except Exception as error:  # a damaged zip or pickle makes torch.load raise nearly anything
+        what = f"not a checkpoint, or damaged ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {what}: need {FORMAT!r}") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{path}: format is {_show(found)}, need {FORMAT!r}: made by another version or program")
+        raise CheckpointError(f"{path}: format is {_show(found)}, need {FORMAT!r}")
     return checkpoint
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; None: cuda where there is one, else cpu. ValueError where there is none."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of that name; None: cuda where there is one, else cpu. ValueError if not here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.Generator(torch.zeros(1, device=name).device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try cpu") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not to be had here ({why}); try cpu") from None
+
 
 
 def forgive_terminals():
@@ -227,14 +226,16 @@ def forgive_terminals():
 
 
 def say(line: str):
-    """Print a line. A reader who has gone away (`| head`) does not end the program."""
+    """Print a line. Neither characters that the terminal lacks nor a reader who has gone away
+    (`| head`) ends the program."""
+    coding = sys.stdout.encoding or "utf-8"
     try:
-        print(line, flush=True)
+        print(line.encode(coding, "replace").decode(coding), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---- what the model remembers of its data ------------------------------------------------------------
+# ---- what the model remembers of its data --------------------------------------------------------
 
 def parse_prompt(prompt: str) -> tuple[str, ...]:
     """Phrases of a prompt: parted by commas or |, case folded, spaces evened, each once, in order.
@@ -253,72 +254,83 @@ def known(value: object, names: Sequence[str]) -> str:
 
 @dataclass(eq=False)
 class Catalogue:
-    """What the model must remember of its data set to be used without it; plain values and tensors."""
-    name: str  # of the data folder
-    user_ids: list[str]  # U
-    item_ids: list[str]  # I
-    words: list[str]  # prompt phrases; phrase n has id n + 1, 0 is padding
-    max_words: int  # P, phrases in the longest prompt
-    max_tokens: int  # T, tokens in the longest text learnt from; none longer is sampled
-    merges: Tensor  # (n, 2) int64, the tokenizer's
-    user: Tensor  # (E,) int64, training interactions
-    item: Tensor  # (E,) int64
+    """What the model must remember of its data set to be used without it; plain values and tensors.
+    words: prompt phrases, of which number n has the id n + 1, and 0 is padding; max_words: P, in
+    the longest prompt; max_tokens: T, in the longest text learnt from: none longer is sampled;
+    merges (n, 2): the tokenizer's; user, item (E,) int64: training interactions."""
+    name: str
+    user_ids: list[str]
+    item_ids: list[str]
+    words: list[str]
+    max_words: int
+    max_tokens: int
+    merges: Tensor
+    user: Tensor
+    item: Tensor
 
     @classmethod
     def of(cls, data: Dataset, tokenizer: Tokenizer) -> "Catalogue":
         """The catalogue of a data set and the tokenizer trained on its texts."""
         user, item = data.pairs(TRAIN)
-        longest = max(len(tokenizer.encode(data.texts[i])) + 1 for i in item.unique().tolist())
-        return cls(data.name, data.user_ids, data.item_ids, data.words, max(1, *map(len, data.prompts)),
-                   longest, tokenizer.state(), user, item)
+        longest = max(len(tokenizer.encode(data.texts[i])) for i in item.unique().tolist()) + 1
+        n_words = max(1, *map(len, data.prompts))
+        return cls(data.name, data.user_ids, data.item_ids, data.words, n_words, longest,
+                   tokenizer.state(), user, item)
+
+    def place(self, kind: str, names: Iterable[object]) -> list[int]:
+        """Numbers of some of a kind ("user", "item", "prompt word"), whose names are compared as
+        strings. Raises ValueError on one that is not known."""
+        all_names = {"user": self.user_ids, "item": self.item_ids, "prompt word": self.words}[kind]
+        index = {name: n for n, name in enumerate(all_names)}
+        try:
+            return [index[str(name)] for name in names]
+        except KeyError as error:
+            name = error.args[0]
+            raise ValueError(f"unknown {kind} {_show(name)}: {known(name, all_names)}") from None
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Phrases -> (B, P) int64, P >= max_words, padded with 0. ValueError on an unknown phrase."""
-        index = {word: n + 1 for n, word in enumerate(self.words)}
-        for phrase in (phrase for phrases in prompts for phrase in phrases if phrase not in index):
-            raise ValueError(f"unknown prompt word {_show(phrase)}: {known(phrase, self.words)}")
-        width = max([self.max_words, *map(len, prompts)])
-        rows = [[index[phrase] for phrase in phrases] for phrases in prompts]
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-    def place(self, kind: str, ids: Iterable[object]) -> list[int]:
-        """Numbers of users ("user") or items ("item") of any kind of id, compared as strings.
-        Raises ValueError on one that is not known."""
-        names = self.user_ids if kind == "user" else self.item_ids
-        index = {name: n for n, name in enumerate(names)}
-        for name in (name for name in ids if str(name) not in index):
-            raise ValueError(f"unknown {kind} {_show(name)}: {known(name, names)}")
-        return [index[str(name)] for name in ids]
+        """Phrases -> (B, P) int64, P >= max_words, padded with 0. ValueError on an unknown one."""
+        places = self.place("prompt word", [phrase for phrases in prompts for phrase in phrases])
+        rows = torch.tensor(places, dtype=torch.int64).add(1).split([*map(len, prompts)])
+        widest = torch.zeros(self.max_words, dtype=torch.int64)
+        return nn.utils.rnn.pad_sequence([widest, *rows], batch_first=True)[1:]
 
 
-# ---- the method --------------------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------------------
 
 class Generated(NamedTuple):
-    image: Image.Image  # H x H RGB
+    """What is made for somebody: a picture (H x H RGB) and a text."""
+    image: Image.Image
     text: str
 
 
 class Rollout(NamedTuple):
-    content: Tensor  # latents (G S, C, h, h), or text tokens (G S, T)
-    log_prob: Tensor  # (G S,) nats, differentiable in the table
-    kl: Tensor  # () nats: how far the policy has moved from the reference table's
+    """Samples of a policy: latents (G S, C, h, h) or text tokens (G S, T); their log-probabilities
+    (G S,), differentiable in the table; and KL () from the reference table's policy; nats."""
+    content: Tensor
+    log_prob: Tensor
+    kl: Tensor
 
 
 class ReinforceStep(NamedTuple):
-    loss: Tensor  # () surrogate: its gradient is that of -E[R] and of the weighted KLs
-    parts: RewardParts  # what the reward was made of
-    kl_image: Tensor  # () nats per image: drift of the differentiated step from the starting tokens
-    kl_text: Tensor  # () nats per text: drift of the text policy, before its nucleus is cut out
+    """loss (): a surrogate, whose gradient is that of -E[R] and of the weighted KLs; what the
+    reward was made of; and the KLs () from the starting tokens, in nats: of the differentiated step
+    of an image, of a text before its nucleus is cut out."""
+    loss: Tensor
+    parts: RewardParts
+    kl_image: Tensor
+    kl_text: Tensor
 
 
 class Modality(nn.Module):
-    """One modality's side of stage 1: what each user likes, as a vector and as discrete tokens."""
+    """One modality's side of stage 1: what each user likes, as a vector p_u (`preference`) and as
+    discrete tokens k_u (`tokens`)."""
 
     def __init__(self, n_users: int, cfg: Config):
         super().__init__()
         self.quantizer = ResidualVQVAE(cfg.gnn.dim, cfg.vq)
-        self.register_buffer("preference", torch.zeros(n_users, cfg.gnn.dim))  # p_u
-        self.register_buffer("tokens", torch.zeros(n_users, cfg.vq.levels, dtype=torch.int64))  # k_u
+        self.register_buffer("preference", torch.zeros(n_users, cfg.gnn.dim))
+        self.register_buffer("tokens", torch.zeros(n_users, cfg.vq.levels, dtype=torch.int64))
 
     @torch.no_grad()
     def quantize(self, preference: Tensor) -> Tensor:
@@ -327,8 +339,14 @@ class Modality(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """What tokens (B, L) stand for: preferences (B, D) of about unit length; 0 for null tokens (-1)."""
+        """What tokens (B, L) stand for: (B, D) of about unit length; 0 for null tokens (-1)."""
         return self.quantizer.eval().decode(tokens.clamp(min=0)) * (tokens[:, :1] >= 0)
+
+
+def to_picture(x: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> an RGB picture."""
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 class DPPMG(nn.Module):
@@ -339,15 +357,17 @@ class DPPMG(nn.Module):
         self.cfg, self.catalogue = cfg, catalogue
         self.tokenizer = Tokenizer.from_state(catalogue.merges)
         n_users, n_items = len(catalogue.user_ids), len(catalogue.item_ids)
-        n_words, vocab, side = max(1, len(catalogue.words)), self.tokenizer.vocab_size, cfg.image.size // 4
+        n_words, vocab = max(1, len(catalogue.words)), self.tokenizer.vocab_size
+        n_image, n_text = cfg.method.image_features, cfg.method.text_features
         self.autoencoder = Autoencoder(cfg.image)
-        self.image_features = LatentPCA(cfg.image.latent, side, cfg.method.image_features)
-        self.text_features = TfidfSVD(vocab, cfg.method.text_features)
-        features = {m: torch.zeros(n_items, getattr(cfg.method, f"{m}_features")) for m in MODALITIES}
+        self.image_features = LatentPCA(cfg.image.latent, cfg.image.size // 4, n_image)
+        self.text_features = TfidfSVD(vocab, n_text)
+        features = {"image": torch.zeros(n_items, n_image), "text": torch.zeros(n_items, n_text)}
         self.gnn = ModalGNN(n_users, n_items, features, cfg.gnn)
         self.modality = nn.ModuleDict({m: Modality(n_users, cfg) for m in MODALITIES})
-        self.text = TextDecoder(replace(cfg.text, vocab_size=vocab), n_words, cfg.vq.levels, cfg.vq.codes)
-        self.image = Denoiser(cfg.image, n_words, cfg.vq.levels, cfg.vq.codes)
+        tokens = n_words, cfg.vq.levels, cfg.vq.codes
+        self.text = TextDecoder(replace(cfg.text, vocab_size=vocab), *tokens)
+        self.image = Denoiser(cfg.image, *tokens)
         self.scorer = Scorer(cfg.reward, vocab, n_words)
         self.graph = build_graph(catalogue.user, catalogue.item, n_users, n_items)
 
@@ -361,10 +381,11 @@ class DPPMG(nn.Module):
             taste.tokens[user] = taste.quantize(preference[m][user])
 
     @torch.no_grad()
-    def seed_tables(self, generator: torch.Generator | None):
-        """Start both generators' preference-token embeddings as what the codebooks say: a code's vector,
-        turned into the generator's width by a random orthonormal map, so that the sum over the levels is
-        the quantized preference. DEVIATION 7: random rows would have to learn what the codebook knows."""
+    def seed_tables(self, generator: Generator | None):
+        """Start both generators' preference-token embeddings as what the codebooks say: a code's
+        vector, turned into the generator's width by a random orthonormal map, so that the sum over
+        the levels is the quantized preference. DEVIATION 7: random rows would have to learn what
+        the codebook knows."""
         for m, taste in self.modality.items():
             weight = getattr(self, m).preference.weight  # (L K, width)
             books = torch.stack([book.codebook for book in taste.quantizer.codebooks])  # (L, K, D)
@@ -374,10 +395,10 @@ class DPPMG(nn.Module):
             weight.copy_(unit @ turn.T * weight.square().mean().sqrt() * weight.shape[1] ** 0.5)
 
     def score(self, modality: str, preference: Tensor, content: Tensor) -> Tensor:
-        """s_m = p . W_m f_m(content): preference (B, D); content: latents (B, C, h, h) or tokens (B, T)
-        -> (B,)."""
-        extract = self.image_features if modality == "image" else self.text_features
-        return (preference * self.gnn.embed_content(modality, extract(content))).sum(1)
+        """s_m = p . W_m f_m(content), (B,): preference (B, D); content: latents (B, C, h, h) or
+        tokens (B, T)."""
+        features = getattr(self, f"{modality}_features")(content)
+        return (preference * self.gnn.embed_content(modality, features)).sum(1)
 
     def user_tokens(self, user: Tensor) -> dict[str, Tensor]:
         """Preference tokens {m: (B, M)} of training users (B,) int64."""
@@ -385,21 +406,22 @@ class DPPMG(nn.Module):
 
     @torch.no_grad()
     def fold_in(self, histories: Sequence[Sequence[object]]) -> dict[str, Tensor]:
-        """Preference tokens {m: (B, M)} of people who were not in training, each from the ids of the items
-        they like, propagated once through the graph formula and quantized: nothing is trained.
-        Raises ValueError on no history, an empty one, or an unknown item."""
-        if not len(histories) or not all(len(history) for history in histories):
+        """Preference tokens {m: (B, M)} of people who were not in training, each from the ids of
+        the items they like, propagated once through the graph formula and quantized: nothing is
+        trained. Raises ValueError on no history, an empty one, or an unknown item."""
+        if not histories or not all(map(len, histories)):
             raise ValueError("an empty history says nothing: give at least one item")
-        pairs = {(n, i) for n, history in enumerate(histories) for i in self.catalogue.place("item", history)}
-        user, item = torch.tensor(sorted(pairs), device=self.graph.col.device).T
+        items = [self.catalogue.place("item", history) for history in histories]
+        pairs = [(n, i) for n, row in enumerate(items) for i in row]
+        user, item = torch.tensor(pairs, device=self.graph.col.device).T
         preference = self.gnn.fold_in(self.graph, user, item, len(histories))
         return {m: self.modality[m].quantize(p) for m, p in preference.items()}
 
     # stage 2
 
     def half(self) -> contextlib.AbstractContextManager:
-        """DEVIATION 20: within it the generators compute in bf16, on GPUs and processors with instructions
-        for it. Weights, attention on the CPU, sums and log-probabilities stay fp32."""
+        """DEVIATION 20: within it the generators compute in bf16, on GPUs and processors with
+        instructions for it. Weights, attention on the CPU, sums and log-probabilities stay fp32."""
         kind = self.graph.col.device.type
         fast = {"cuda": torch.cuda.is_bf16_supported,
                 "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
@@ -414,66 +436,62 @@ class DPPMG(nn.Module):
             images = self.autoencoder.decode(latents)
         return images.to(latents.dtype).clamp(-1, 1)
 
-    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_tokens(self, prompt: Tensor, prefs: Tensor, generator: Generator | None) -> Tensor:
         """Text tokens (B, T) for prompt (B, P) and preference tokens (B, M), -1 null."""
         longest = min(self.cfg.text.context, self.catalogue.max_tokens)
         with self.half():
             return sample_text(self.text, prompt, prefs, generator, longest)
 
     @torch.no_grad()
-    def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: torch.Generator | None,
+    def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: Generator | None,
                      best_of: int = 1, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """An image (B, 3, H, H) in [-1, 1] and a text (B, T) of tokens for each prompt (B, P) and prefs[m]
-        (B, M). best_of n > 1: of n images and 2 n texts the pair with the highest reward."""
+        """An image (B, 3, H, H) in [-1, 1] and a text (B, T) of tokens for each prompt (B, P) and
+        prefs[m] (B, M). best_of n > 1: of n images and 2 n texts the pair with the highest reward;
+        so many as `batch` images at once."""
         images, texts = [], []
+        n_texts = 2 * best_of if best_of > 1 else 1
         for rows in torch.arange(len(prompt), device=prompt.device).split(max(1, batch // best_of)):
-            n = {"image": best_of, "text": 2 * best_of if best_of > 1 else 1}
-            tokens = {m: prefs[m][rows] for m in MODALITIES}
-            many = {m: (prompt[rows].repeat_interleave(n[m], 0), tokens[m].repeat_interleave(n[m], 0))
-                    for m in MODALITIES}
+            many = rows.repeat_interleave(best_of)  # (b n,)
             with self.half():
-                latents = sample_latents(self.image, *many["image"], generator)
-            text = self.sample_tokens(*many["text"], generator)
-            image, groups = self.decode_latents(latents), torch.arange(len(rows), device=rows.device)
+                latents = sample_latents(self.image, prompt[many], prefs["image"][many], generator)
+            image, many = self.decode_latents(latents), rows.repeat_interleave(n_texts)
+            text = self.sample_tokens(prompt[many], prefs["text"][many], generator)
             if best_of > 1:
-                taste = {m: self.modality[m].decode(tokens[m]) for m in MODALITIES}
+                taste = {m: self.modality[m].decode(prefs[m][rows]) for m in MODALITIES}
                 best = best_pair(*self._score_groups(taste, latents, image, text), self.cfg.reward)
-                image, text = (x.unflatten(0, (len(rows), -1))[groups, k]
-                               for x, k in zip((image, text), best))
+                group = torch.arange(len(rows), device=rows.device)
+                image, text = image[group * best_of + best[0]], text[group * n_texts + best[1]]
             images.append(image)
             texts.append(text)
         return torch.cat(images), torch.cat(texts)
 
     def _score_groups(self, preference: dict[str, Tensor], latents: Tensor, images: Tensor,
                       texts: Tensor) -> tuple[Tensor, ...]:
-        """What the reward is made of, for G groups of images and of texts, each made for one preference[m]
-        (G, D): the scorer's embeddings (G, S, D) of images and texts, and their scores (G, S)."""
-        groups = len(preference["image"])
-        emb = self.scorer.encode_image(images), self.scorer.encode_text(texts)
-        scores = []
-        for m, content in (("image", latents), ("text", texts)):
-            p = preference[m].repeat_interleave(len(content) // groups, 0)
-            scores.append(self.score(m, p, content))
-        return tuple(x.unflatten(0, (groups, -1)) for x in (*emb, *scores))
+        """What the reward is made of, for G groups of S images and of S texts, each made for one
+        preference[m] (G, D): embeddings (G, S, D) of images and texts, their scores (G, S)."""
+        found = [self.scorer.encode_image(images), self.scorer.encode_text(texts)]
+        for (m, p), content in zip(preference.items(), (latents, texts)):
+            found.append(self.score(m, p.repeat_interleave(len(content) // len(p), 0), content))
+        return tuple(x.unflatten(0, (len(p), -1)) for x in found)
 
     def generate(self, prompt: str, user: object = None, history: Sequence[object] | None = None,
                  n: int = 1, seed: int = 0, best_of: int = 1) -> list[Generated]:
-        """n pairs for the prompt (phrases parted by commas) and a training user's id, or the items that
-        somebody likes who was not in training, or neither: unpersonalized. best_of k > 1: each is the best
-        by the reward of k pictures and 2 k texts. Raises ValueError on what is not known."""
-        device = self.graph.col.device
+        """n pairs for the prompt (phrases parted by commas) and a training user's id, or the items
+        that somebody likes who was not in training, or neither: unpersonalized. best_of k > 1: each
+        is the best by the reward of k pictures and 2 k texts. ValueError on what is not known."""
         if user is not None and history is not None:
             raise ValueError("give a user or a history, not both")
         for name, value in (("n", n), ("best_of", best_of)):
             if value < 1:
                 raise ValueError(f"{name}={value}: need {name} >= 1")
+        device = self.graph.col.device
         words = self.catalogue.encode_prompts([parse_prompt(prompt)]).to(device)
+        prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
         if user is not None:
-            prefs = self.user_tokens(torch.tensor(self.catalogue.place("user", [user]), device=device))
+            place = self.catalogue.place("user", [user])
+            prefs = self.user_tokens(torch.tensor(place, device=device))
         elif history is not None:
             prefs = self.fold_in([history])
-        else:
-            prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
         prefs = {m: tokens.expand(n, -1) for m, tokens in prefs.items()}
         generator = torch.Generator(device).manual_seed(seed % 2**63)
         images, tokens = self.sample_pairs(words.expand(n, -1), prefs, generator, best_of)
@@ -482,15 +500,16 @@ class DPPMG(nn.Module):
     # the reward
 
     def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor],
-                       generator: torch.Generator | None) -> ReinforceStep:
-        """Sample groups of images and texts, score them, and give the surrogate loss of both token tables.
-        user (G,) int64, prompt (G, P); reference: the tables from which the KL is measured. Frozen: all
-        but the tables. DEVIATION 10: every image is scored against all texts of its group."""
+                       generator: Generator | None) -> ReinforceStep:
+        """Sample groups of images and texts, score them, and give the surrogate loss of both token
+        tables. user (G,) int64, prompt (G, P); reference: the tables from which the KL is measured.
+        Frozen: all but the tables.
+        DEVIATION 10: every image is scored against all texts of its group."""
         cfg, prefs = self.cfg.reward, self.user_tokens(user)
         image = self._rollout_images(prompt, prefs["image"], reference["image"], generator)
         text = self._rollout_texts(prompt, prefs["text"], reference["text"], generator)
         with torch.no_grad():
-            preference = {m: taste.preference[user] for m, taste in self.modality.items()}
+            preference = {m: self.modality[m].preference[user] for m in MODALITIES}
             images = self.decode_latents(image.content)
             found = self._score_groups(preference, image.content, images, text.content)
             reward_image, reward_text, parts = pair_reward(*found, cfg)
@@ -500,13 +519,13 @@ class DPPMG(nn.Module):
         return ReinforceStep(loss, parts, image.kl.detach(), text.kl.detach())
 
     def _rollout_images(self, prompt: Tensor, prefs: Tensor, reference: Tensor,
-                        generator: torch.Generator | None) -> Rollout:
-        """S_i images for each prompt (G, P) and prefs (G, M), the log-probability of each one's first step
-        and its KL from the reference table's.
-        DEVIATION 11: only the first step is differentiated, as if the later ones knew the starting tokens:
-        what a picture shows is decided there, and each other step adds variance.
-        DEVIATION 23: a group's images share their noise, and so their first step's mean; what the noise
-        decides is then part of the baseline."""
+                        generator: Generator | None) -> Rollout:
+        """S_i images for each prompt (G, P) and prefs (G, M), the log-probability of each one's
+        first step and its KL from the reference table's.
+        DEVIATION 11: only the first step is differentiated, as if the later ones knew the starting
+        tokens: what a picture shows is decided there, and each other step adds variance.
+        DEVIATION 23: a group's images share their noise, and so their first step's mean; what the
+        noise decides is then part of the baseline."""
         net, n = self.image, self.cfg.reward.images
         times = sampling_times(self.cfg.reward.diffusion_steps)
         noise, (t, s) = net.noise(len(prompt), generator), times[:2]
@@ -515,21 +534,22 @@ class DPPMG(nn.Module):
             with self.half():
                 v = guided_v(net, noise, t, prompt, prefs, guidance_at(t, net.cfg))
             return ddim_step(noise, v, t, s, net.cfg.eta)
-        mean, std = first_step()  # (G, C, h, h) with gradient, ()
+        mean, std = first_step()  # (G, C, h, h), ()
         with torch.no_grad(), table_as(net, reference):
             start, _ = first_step()
         kl = gaussian_kl(mean, start, std).mean()
-        mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))  # (G S_i, ..)
+        # here the images of a group part: (G, ..) -> (G S_i, ..)
+        mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))
         z = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        z = mean.detach() + std * z  # here the images of a group part
+        z = mean.detach() + std * z
         with self.half():
             latents = denoise(net, z, times[1:], prompt, prefs, generator)
         return Rollout(latents, gaussian_log_prob(z, mean, std), kl)
 
     def _rollout_texts(self, prompt: Tensor, prefs: Tensor, reference: Tensor,
-                       generator: torch.Generator | None) -> Rollout:
-        """S_t texts for each prompt (G, P) and prefs (G, M), their log-probabilities, and the KL of the
-        policy, before its nucleus is cut out (else it were infinite), from the reference table's.
+                       generator: Generator | None) -> Rollout:
+        """S_t texts for each prompt (G, P) and prefs (G, M), their log-probabilities, and the KL of
+        the policy, before its nucleus is cut out (else it were infinite), from the reference's.
         DEVIATION 24: drawn from the nucleus that users see; what that lets drift, the KL holds."""
         cfg, n = self.text.cfg, self.cfg.reward.texts
         prompt, prefs = prompt.repeat_interleave(n, 0), prefs.repeat_interleave(n, 0)
@@ -548,25 +568,25 @@ class DPPMG(nn.Module):
     # files
 
     def state(self) -> dict:
-        """Tensors and plain values from which from_state() makes this model again."""
-        return {"config": asdict(self.cfg), "catalogue": dict(vars(self.catalogue)),
-                "model": self.state_dict()}
+        """Tensors and plain values from which `load` makes this model again."""
+        model = self.state_dict()
+        return {"config": asdict(self.cfg), "catalogue": vars(self.catalogue), "model": model}
 
     @classmethod
     def load(cls, run: str | Path, device: str | None = "cpu") -> "DPPMG":
-        """The model of a run (folder or checkpoint file), to generate with. Raises CheckpointError."""
+        """The model of a run (folder or checkpoint file). Raises CheckpointError."""
         path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
         checkpoint, device = read_checkpoint(path), pick_device(device)
-        done = checkpoint.get("done")
-        if not isinstance(done, list) or "reward" not in done:
-            raise CheckpointError(f"{path}: training is not finished, done is {_show(done)}; "
-                                  "go on with train.py --resume")
+        if "reward" not in (done := checkpoint.get("done") or []):
+            what = f"training is not finished, done is {_show(done)}"
+            raise CheckpointError(f"{path}: {what}; go on with train.py --resume")
         try:
-            model = cls(Config.from_dict(checkpoint["config"]), Catalogue(**checkpoint["catalogue"]))
+            config = Config.from_dict(checkpoint["config"])
+            model = cls(config, Catalogue(**checkpoint["catalogue"]))
             model.load_state_dict(checkpoint["model"])
-        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: not a model of this version ({what})") from None
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = f"not a model of this version {str(error)!r:.200}"
+            raise CheckpointError(f"{path}: {why}") from None
         return model.eval().to(device)
 
     def to(self, *args, **kwargs) -> "DPPMG":
@@ -574,12 +594,6 @@ class DPPMG(nn.Module):
         super().to(*args, **kwargs)
         self.graph = self.graph.to(self.image.null.device)
         return self
-
-
-def to_picture(x: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> an RGB picture."""
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 class DataError(ValueError):
@@ -863,45 +877,48 @@ def hold_out_users(data: Dataset, share: float, seed: int) -> dict[str, Tensor]:
     return {name: pairs[:, rows] for name, rows in kept.items()}
 
 
-# ---- command line ------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line and name what could have been meant; exit status 2."""
 
     def error(self, message: str):
         """Print the message as one line and exit with status 2."""
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if match := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             message = f"unknown flag {match[1]}: {known(match[1], flags)} (--help lists them)"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: print the texts and write the images that a trained model makes. Returns the exit status."""
-    parser = OneLineParser(prog="dppmg.py", description="Make pictures and texts for one person with a trained model.")
-    parser.add_argument("run", help="folder that train.py wrote")
-    parser.add_argument("--user", help="id of a user in training")
-    parser.add_argument("--history", nargs="+", metavar="ITEM", help="ids of items that somebody likes who was not")
-    parser.add_argument("--prompt", required=True, help="what it shall be about: words of the catalogue, comma-separated")
-    parser.add_argument("--out", default="dppmg.png", help="file for the picture (several: FILE-2.png ...) (%(default)s)")
-    parser.add_argument("--n", type=int, default=1, help="how many pairs (%(default)s)")
-    parser.add_argument("--best-of", type=int, default=1, metavar="K",
-                        help="make K pictures and 2 K texts, keep the best pair by the reward (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda where there is one)")
+    """Command line: print the texts and write the images that a trained model makes."""
+    parser = OneLineParser(prog="dppmg.py", description="Make pictures and texts for one person.")
+    add = parser.add_argument
+    add("run", help="folder that train.py wrote")
+    add("--user", help="id of a user in training")
+    add("--history", nargs="+", metavar="ITEM", help="or: ids of items that somebody likes")
+    add("--prompt", required=True, help="what it shall be about: the catalogue's words, by commas")
+    add("--out", default="dppmg.png", help="file for the picture; several: -2, -3 .. (%(default)s)")
+    add("--n", type=int, default=1, help="how many pairs (%(default)s)")
+    add("--best-of", type=int, default=1, metavar="K",
+        help="make K pictures and 2 K texts, keep the best pair by the reward (%(default)s)")
+    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add("--device", help="cpu, cuda or another of torch's (cuda where there is one)")
     forgive_terminals()
     args = parser.parse_args(argv)
+    out = Path(args.out)
     try:
-        if not Path(args.out).name:
+        if not out.name:
             raise ValueError(f"--out {_show(args.out)}: need the name of a file")
         model = DPPMG.load(args.run, args.device)
         made = model.generate(args.prompt, args.user, args.history, args.n, args.seed, args.best_of)
         for k, (image, text) in enumerate(made, 1):
-            path = Path(args.out) if k == 1 else Path(args.out).with_stem(f"{Path(args.out).stem}-{k}")
-            format = Image.registered_extensions().get(path.suffix.lower())
+            path = out if k == 1 else out.with_stem(f"{out.stem}-{k}")
+            kind = Image.registered_extensions().get(path.suffix.lower())
             with replacing(path) as temporary:
-                image.save(temporary, format=format if format in Image.SAVE else "PNG")
-            say(f"{path}: {CONTROL.sub(chr(0xFFFD), text)}")      # no escape sequence reaches the terminal
+                image.save(temporary, format=kind if kind in Image.SAVE else "PNG")
+            # no escape sequence reaches the terminal
+            say(f"{path}: {CONTROL.sub(chr(0xFFFD), text)}")
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror or error}")
     except ValueError as error:
