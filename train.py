@@ -5,9 +5,9 @@
     python train.py --smoke               every stage, tiny
     python train.py --resume --out RUN    go on with a run that was stopped
 
-A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/ (--out).
-It can be killed at any time: all randomness is a function of (seed, stage, step), so a resumed run
-ends with the same bits.
+A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/
+(--out). It can be killed at any time: all randomness is a function of (seed, stage, step), so a
+resumed run ends with the same bits.
 
 Shapes: as in dppmg.py; A attributes of a sticker; in evaluation G users of S samples each.
 """
@@ -78,7 +78,7 @@ class TrainConfig:
         check_limits("train", self, limits)
 
 
-# ---- stickers: data whose tastes are known -----------------------------------------------------------
+# ---- stickers: data whose tastes are known -------------------------------------------------------
 
 TONES = (  # the verbal attribute: six ways of saying the same
     "a {subject} at {setting}.",
@@ -130,7 +130,8 @@ SHAPES = {  # on [-1, 1]^2: a polygon's corners, or the box of an ellipse that i
 
 
 def _silhouette(subject: str, centre: Sequence[float], radius: float, rim: float) -> Image.Image:
-    """Mask of the subject around the centre (x, y), grown by rim, all in pixels; FINE times larger."""
+    """Mask of the subject around the centre (x, y), grown by rim, all in pixels; FINE times
+    larger."""
     mask, (x0, y0) = Image.new("L", (SIDE * FINE, SIDE * FINE)), centre
     draw = ImageDraw.Draw(mask)
     for kind, shape in SHAPES[subject]:
@@ -162,8 +163,8 @@ def _body(colour: str, pattern: str, centre: Sequence[float]) -> Image.Image:
 
 
 def draw_sticker(value: dict[str, str], rng: np.random.Generator) -> Image.Image:
-    """A 32 x 32 RGB picture, anti-aliased, of the values of SEEN: the patterned subject with a white rim
-    before a sky; its place and size vary by about 6 %."""
+    """A 32 x 32 RGB picture, anti-aliased, of the values of SEEN: the patterned subject with a
+    white rim before a sky; its place and size vary by about 6 %."""
     centre = SIDE / 2 + rng.uniform(-2, 2, 2)
     radius, side, subject = 12 * rng.uniform(0.9, 1.05), SIDE * FINE, value["subject"]
     top, bottom = np.array(SKY[value["setting"]], float)
@@ -211,7 +212,8 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def write_stickers(folder: Path, world: World, seed: int):
-    """The world as a data folder. items.csv also names the attributes, in columns that loading ignores."""
+    """The world as a data folder. items.csv also names the attributes, in columns that loading
+    ignores."""
     rng = np.random.default_rng([seed, 2])
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -226,7 +228,8 @@ def write_stickers(folder: Path, world: World, seed: int):
 
 
 def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], and the values of SEEN (n, 4)."""
+    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], and the values of SEEN (n,
+    4)."""
     values = np.stack([rng.integers(0, len(ATTRIBUTES[a]), n) for a in SEEN], 1)
     pictures = np.stack([draw_sticker(values_of(row, SEEN), rng) for row in values])
     return to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2)), torch.from_numpy(values)
@@ -238,8 +241,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class Referee(nn.Module):
-    """Reads the values of SEEN off a sticker; trained on freshly drawn ones only, with noise, since it
-    shall read pictures that were generated."""
+    """Reads the values of SEEN off a sticker; trained on freshly drawn ones only, with noise,
+    since it shall read pictures that were generated."""
 
     def __init__(self):
         super().__init__()
@@ -312,7 +315,8 @@ class Run:
         self._split_items()
 
     def _build_networks(self):
-        """Each network starts from a stream of its own: the judge shares nothing with the scorer."""
+        """Each network starts from a stream of its own: the judge shares nothing with the
+        scorer."""
         cfg, texts = self.cfg, [self.data.texts[i] for i in self.seen.tolist()]
         tokenizer = Tokenizer.train(texts, cfg.text.vocab_size)
         catalogue = Catalogue.of(self.data, tokenizer)
@@ -338,7 +342,8 @@ class Run:
         self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)  # (W, P), (I,)
 
     def _split_items(self):
-        """What scorer and judge learn from: halves of the items, of which the other knows no text."""
+        """What scorer and judge learn from: halves of the items, of which the other knows no
+        text."""
         generator = torch.Generator().manual_seed(self.seed("halves"))
         halves = halves_by_text(self.tokens[self.seen].cpu(), generator)
         scorer, judge = (self.seen[half.to(self.device)] for half in halves)
@@ -372,7 +377,8 @@ class Run:
                 "fingerprint": self.data.fingerprint()}
 
     def save(self, optimizer: torch.optim.Optimizer | None = None):
-        """Write checkpoint.pt and log.csv; not if a parameter is not finite: the last good one stays."""
+        """Write checkpoint.pt and log.csv; not if a parameter is not finite: the last good one
+        stays."""
         check_finite(self, self.modules.state_dict())
         state = self.model.state() | self.identity() | {name: getattr(self, name) for name in KEPT}
         state["others"] = {n: m.state_dict() for n, m in self.modules.items() if n != "model"}
@@ -431,7 +437,8 @@ def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.opti
 
 
 def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
-    """Learning rate over its peak at x in [0, 1) of a stage: rises until `warm`, falls after `hold`."""
+    """Learning rate over its peak at x in [0, 1) of a stage: rises until `warm`, falls after
+    `hold`."""
     return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
 
 
@@ -447,9 +454,9 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
         losses: Callable[[torch.Generator], dict[str, Tensor]], schedule: Callable = ramp,
         after: Callable[[int], None] = lambda step: None, clip: float = 1.0):
     """The one training loop: `losses` gives the tensors to log, of which "loss" is descended;
-    `after`(step) follows a step. Goes on where a checkpoint left this stage, and writes one from time
-    to time. Raises Diverged on a loss or gradient that is not finite (looked at each step on the CPU,
-    elsewhere when it logs: a look waits for the device)."""
+    `after`(step) follows a step. Goes on where a checkpoint left this stage, and writes one from
+    time to time. Raises Diverged on a loss or gradient that is not finite (looked at each step on
+    the CPU, elsewhere when it logs: a look waits for the device)."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     peaks, first = [group["lr"] for group in optimizer.param_groups], run.step
     if run.optimizer_state:
@@ -511,7 +518,8 @@ def latents_of(run: Run) -> Tensor:
 
 
 def train_autoencoder(run: Run) -> str:
-    """Reconstruct the pictures of the items that were liked in training; standardize the latents."""
+    """Reconstruct the pictures of the items that were liked in training; standardize the
+    latents."""
     cfg, net = run.cfg.image, run.model.autoencoder
 
     def losses(generator):
@@ -526,7 +534,8 @@ def train_autoencoder(run: Run) -> str:
 
 
 def fit_features(run: Run) -> str:
-    """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, for all items."""
+    """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, for all
+    items."""
     model, latents, cfg = run.model, latents_of(run), run.cfg.method
     model.image_features.fit(latents[run.seen])
     model.text_features.fit(run.tokens[run.seen])
@@ -548,8 +557,8 @@ def train_gnn(run: Run) -> str:
 
 
 def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], test: Tensor) -> dict[str, float]:
-    """Recall@20 and NDCG@20 of test (user, item) (2, R), over all items but what else the users like:
-    training and validation items, and of new people everything but their test items."""
+    """Recall@20 and NDCG@20 of test (user, item) (2, R), over all items but what else the users
+    like: training and validation items, and of new people everything but their test items."""
     hidden = torch.cat([run.pairs(TRAIN, VALID), run.new["hidden"]], 1)
     size = len(run.data.user_ids), len(run.data.item_ids)
     graphs = [build_graph(*pairs, *size).to(run.device) for pairs in (hidden, test)]
@@ -557,7 +566,8 @@ def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], test: Tensor) -> dict
 
 
 def train_codebook(run: Run) -> str:
-    """Residual VQ-VAE of each modality's preferences; BPR on the reconstruction keeps what ranks."""
+    """Residual VQ-VAE of each modality's preferences; BPR on the reconstruction keeps what
+    ranks."""
     cfg, model = run.cfg.vq, run.model
     with torch.no_grad():
         rows = model.gnn(model.graph)
@@ -597,7 +607,8 @@ def measure_codebook(run: Run, rows: dict[str, tuple[Tensor, Tensor]]) -> str:
 
 
 def train_generator(run: Run, m: str, loss: Callable, optimizer: torch.optim.Optimizer, **options):
-    """Learn what users liked: loss(items (n,), prompts (n, P), tokens (n, M), generator) on training
+    """Learn what users liked: loss(items (n,), prompts (n, P), tokens (n, M), generator) on
+    training
     interactions, tokens null at null_rate. Returns the loss on 512 validation interactions."""
     cfg = getattr(run.cfg, m)
 
@@ -626,8 +637,8 @@ def train_text(run: Run) -> str:
 
 
 def train_image(run: Run) -> str:
-    """Denoiser on the latents of the pictures that users liked; it samples by the running mean of its
-    weights, which is what remains."""
+    """Denoiser on the latents of the pictures that users liked; it samples by the running mean of
+    its weights, which is what remains."""
     cfg, net, average = run.cfg.image, run.model.image, run.modules["average"]
     latents = latents_of(run)
     if run.step == 0:
@@ -716,8 +727,8 @@ def train_reward(run: Run) -> str:
 
 
 def watch(run: Run):
-    """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste of a
-    user is made of validation likes alone: nothing of the test part is looked at."""
+    """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste
+    of a user is made of validation likes alone: nothing of the test part is looked at."""
     part = VALID if run.pairs(VALID).shape[1] else TRAIN
     made = make(run, "after_reward", draw_pairs(run, part, 96), run.generator("watch"))
     found = measures(run, made, run.pairs(part))
@@ -744,7 +755,8 @@ class Made(NamedTuple):
 
 
 def draw_pairs(run: Run, part: int, n: int) -> Pairs:
-    """At most n interactions of a part of the data, at random, each with another user of training."""
+    """At most n interactions of a part of the data, at random, each with another user of
+    training."""
     user, item = run.data.pairs(part)
     generator, users = torch.Generator().manual_seed(run.seed(f"pairs {part}")), run.users.cpu()
     rows = torch.randperm(len(user), generator=generator)[:n]
@@ -770,8 +782,8 @@ def choose(mask: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def make_real(run: Run, pairs: Pairs, generator: torch.Generator) -> Made:
-    """The items themselves, where the judge has not learnt them; beside each another item of the same
-    prompt that the user does not like, and the text of another one that the user likes."""
+    """The items themselves, where the judge has not learnt them; beside each another item of the
+    same prompt that the user does not like, and the text of another one that the user likes."""
     liked = liked_by(run, pairs.user, run.pairs())
     same = (run.topic == run.topic[pairs.item, None]) & run.fresh  # (B, I)
     same = same.scatter(1, pairs.item[:, None], False)
@@ -804,7 +816,8 @@ def make_for(run: Run, variant: str, user: Tensor, item: Tensor, generator) -> C
 
 
 def read(run: Run, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Stickers: the values of SEEN in pictures (B, 4); subject, setting and tone of texts (B, 3)."""
+    """Stickers: the values of SEEN in pictures (B, 4); subject, setting and tone of texts (B,
+    3)."""
     texts = [read_text(text) for text in run.model.tokenizer.decode_batch(tokens)]
     return in_batches(run.modules["referee"].read, images).cpu(), torch.tensor(texts)
 
@@ -815,7 +828,8 @@ def agree(see: Tensor, told: Tensor) -> Tensor:
 
 
 def shown(see: Tensor, told: Tensor) -> dict[str, dict[str, Tensor]]:
-    """modality -> attribute that it shows and the prompt leaves open -> value (B,), -1 unreadable."""
+    """modality -> attribute that it shows and the prompt leaves open -> value (B,), -1
+    unreadable."""
     image = dict(zip(SEEN[1:], see[:, 1:].T))
     return {"image": image, "text": {"setting": told[:, 1], "tone": told[:, 2]}}
 
@@ -837,8 +851,8 @@ def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> di
 
 
 def judge_measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
-    """Any data: what the judge finds, (B,) each. likes (2, R): held-out interactions, which its taste
-    of a user is made of, always without the item judged."""
+    """Any data: what the judge finds, (B,) each. likes (2, R): held-out interactions, which its
+    taste of a user is made of, always without the item judged."""
     judge, (user, item, _) = run.modules["judge"], made.pairs
     if len(user) < 2:
         return {}
@@ -897,14 +911,15 @@ def spread(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, 
 
 
 def total_variation(value: Tensor, count: Tensor, truth: Tensor) -> Tensor:
-    """Half the absolute difference between the shares of value (G, S), -1 none, among count (G,) samples
-    and truth (G, V) -> (G,) in [0, 1]."""
+    """Half the absolute difference between the shares of value (G, S), -1 none, among count (G,)
+    samples and truth (G, V) -> (G,) in [0, 1]."""
     share = F.one_hot(value + 1, truth.shape[1] + 1)[:, :, 1:].sum(1) / count[:, None]  # (G, V)
     return ((share - truth).abs().sum(1) + 1 - share.sum(1)) / 2
 
 
 def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
-    """`spread` of many samples for users (G,), made for prompts of their test items; real: their likes."""
+    """`spread` of many samples for users (G,), made for prompts of their test items; real: their
+    likes."""
     n, generator = run.train.samples, run.generator("many samples")
     if variant == "real":  # the judge sees what is new to it, the referee everything
         likes = liked_by(run, user, run.pairs())
@@ -918,8 +933,8 @@ def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every measure of a variant: its values, and the user of each. best_of, which draws several samples
-    for each that it keeps, gets as many fewer pairs and users: the same cost."""
+    """Every measure of a variant: its values, and the user of each. best_of, which draws several
+    samples for each that it keeps, gets as many fewer pairs and users: the same cost."""
     cost = run.train.best_of if variant == "best_of" else 1
     pairs = draw_pairs(run, TEST, run.train.pairs)
     pairs = Pairs(*(x[:math.ceil(len(x) / cost)] for x in pairs))
@@ -934,8 +949,8 @@ def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def evaluate(run: Run) -> str:
-    """Every variant on the test part, with intervals; what the reward changes, pair by pair; and people
-    who were not in training."""
+    """Every variant on the test part, with intervals; what the reward changes, pair by pair; and
+    people who were not in training."""
     found, generation = {variant: evaluate_variant(run, variant) for variant in VARIANTS}, {}
     likes = run.liked[1][run.fresh[run.liked[1]]]
     rows = draw(len(likes), run.train.pairs, run.generator("frechet"))
@@ -1234,7 +1249,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
 
 
 def read_config(out: Path | None) -> dict:
-    """config.json of the run in a folder; {} for no folder, or an empty one. ValueError on all else."""
+    """config.json of the run in a folder; {} for no folder, or an empty one. ValueError on all
+    else."""
     if out is None or not out.exists() or out.is_dir() and not any(out.iterdir()):
         return {}
     if not (out / "config.json").exists():
@@ -1253,7 +1269,8 @@ def read_config(out: Path | None) -> dict:
 
 
 def new_folder(name: str) -> Path:
-    """runs/NAME, or NAME-2 and so on: made while it is chosen, so that no other process chooses it."""
+    """runs/NAME, or NAME-2 and so on: made while it is chosen, so that no other process chooses
+    it."""
     for n in range(1, 10**6):
         out = Path("runs") / (name if n == 1 else f"{name}-{n}")
         with contextlib.suppress(FileExistsError):
@@ -1284,8 +1301,8 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def check_same(out: Path | None, config: dict, there: dict):
-    """ValueError unless what is asked is what the run in `out` was begun with. The folder of the data may
-    have moved: its content counts."""
+    """ValueError unless what is asked is what the run in `out` was begun with. The folder of the
+    data may have moved: its content counts."""
     if not there:
         return
     mine, theirs = ({flag_of(group, name): value for group, part in x["settings"].items()
@@ -1299,8 +1316,8 @@ def check_same(out: Path | None, config: dict, there: dict):
 
 
 def claim(out: Path, config: dict):
-    """Make the folder this process's own, try whether there is space for what the end needs, remove what a
-    killed run left half-written, and write config.json."""
+    """Make the folder this process's own, try whether there is space for what the end needs,
+    remove what a killed run left half-written, and write config.json."""
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if (free := shutil.disk_usage(out).free / 2**20) < 200:
@@ -1311,8 +1328,9 @@ def claim(out: Path, config: dict):
 
 
 def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
-    """A new run, or the unfinished one in --out. One rule: a folder whose config.json equals what is asked
-    goes on where it was; --resume asks for what is there. ValueError or OSError where neither is possible."""
+    """A new run, or the unfinished one in --out. One rule: a folder whose config.json equals what
+    is asked goes on where it was; --resume asks for what is there. ValueError or OSError where
+    neither is possible."""
     out = Path(args.out) if args.out else None
     there = read_config(out)
     if args.resume and not there:
