@@ -5,34 +5,31 @@
     python train.py --smoke               every stage, tiny
     python train.py --resume --out RUN    go on with a run that was stopped
 
-A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/
-(--out). It can be killed at any time: all randomness is a function of (seed, stage, step), so a
+A run leaves config.json, checkpoint.pt, log.csv, metrics.json and report.html in runs/NAME/, or
+--out. It can be killed at any time: all randomness is a function of (seed, stage, step), so a
 resumed run ends with the same bits.
 
-Shapes: as in dppmg.py; A attributes of a sticker; in evaluation G users of S samples each.
+Shapes: as in dppmg.py; A attributes of a sticker; in evaluation G users of S samples each, and W
+different prompts, or words that occur in the data.
 """
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import copy
 import csv
 import hashlib
-import html
-import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,19 +37,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from dppmg import (FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError, Config,
-                   Dataset, DPPMG, OneLineParser, check_limits, flag_of,
-                   forgive_terminals, hold_out_users, pick_device,
-                   read_checkpoint, replacing, settings, to_picture)
+from dppmg import (DPPMG, FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError,
+                   Config, Dataset, OneLineParser, check_limits, flag_of, forgive_terminals,
+                   hold_out_users, pick_device, read_checkpoint, replacing, say, settings)
 from generators import Tokenizer, drop_preferences, table_as
 from gnn import bpr_loss, build_graph, ranking_summary, sample_positives, sample_triplets
 from reward import (Content, Scorer, embed, frechet_interval, halves_by_text, interval, judge_pairs,
-                    rank_share, share_interval, share_of_pairs, swap_share,
-                    taste_without, token_optimizer)
-from vq import code_lift, codebook_health, explained
+                    rank_share, share_interval, share_of_pairs, swap_share, taste_without,
+                    token_optimizer)
+from vq import codebook_health, explained
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,14 @@ class TrainConfig:
     pairs: int = 600  # (user, prompt) pairs of the test part to evaluate on
     sampled_users: int = 40  # users for whom many samples are drawn: taste and variety
     samples: int = 32  # samples for each of them
-    best_of: int = 4  # pictures among which, with twice as many texts, best_of chooses
-    min_rating: float = 0.0  # of the rows of a column of ratings, those of at least so much are likes
+    best_of: int = 4  # pictures, with twice as many texts, of which best_of keeps a pair
+    min_rating: float = 0.0  # of rows with a rating, those of at least so much are likes
     drop_incomplete: bool = False  # leave out items without a readable picture or a text
     new_users: float = 0.08  # share of the users kept out of all training, to be folded in
     checkpoint_seconds: float = 60.0  # between two checkpoints within a stage
 
     def __post_init__(self):
-        least = dict(items=16, users=4, interactions=10, referee_pictures=16, pairs=20, samples=2)
+        least = dict(items=16, users=4, referee_pictures=16, pairs=20, samples=2)
         limits = {f"train.{name}": (low, math.inf) for name, low in least.items()}
         limits |= {"train.interactions": (10, self.items // 2), "train.new_users": (0, 0.5)}
         check_limits("train", self, limits)
@@ -88,21 +84,17 @@ TONES = (  # the verbal attribute: six ways of saying the same
     "whoops, a silly {subject} tumbles through the {setting}",
     "behold the {subject}! mighty ruler of {setting}!",
 )
-ATTRIBUTES = {
-    "subject": ("fish", "house", "tree", "boat", "star", "heart", "moon", "flower"),
-    "setting": ("dawn", "day", "dusk", "night"),
-    "colour": ("red", "orange", "yellow", "green", "blue", "purple"),
-    "pattern": ("plain", "dots", "stripes"),
-    "tone": TONES,
-}
-SUBJECTS, SETTINGS = ATTRIBUTES["subject"], ATTRIBUTES["setting"]
-SEEN = ("subject", "setting", "colour", "pattern")  # in the picture
-SHOWS = {"image": SEEN[1:], "text": ("setting", "tone")}  # and the prompt leaves open
-SHARPNESS = {"subject": 1.0, "setting": 1.0, "colour": 2.0, "pattern": 2.0, "tone": 2.0}  # std of logits
+SUBJECTS = ("fish", "house", "tree", "boat", "star", "heart", "moon", "flower")
+SETTINGS = ("dawn", "day", "dusk", "night")
 PAINT = {"red": (214, 40, 40), "orange": (240, 130, 30), "yellow": (250, 215, 50),
          "green": (50, 150, 60), "blue": (40, 90, 215), "purple": (140, 60, 180)}
+# colours of the top and the bottom
 SKY = {"dawn": ((255, 200, 190), (255, 235, 200)), "day": ((120, 190, 250), (205, 235, 255)),
-       "dusk": ((110, 70, 130), (225, 130, 110)), "night": ((10, 14, 45), (30, 40, 90))}  # top, bottom
+       "dusk": ((110, 70, 130), (225, 130, 110)), "night": ((10, 14, 45), (30, 40, 90))}
+ATTRIBUTES = {"subject": SUBJECTS, "setting": SETTINGS, "colour": tuple(PAINT),
+              "pattern": ("plain", "dots", "stripes"), "tone": TONES}
+SEEN = ("subject", "setting", "colour", "pattern")  # in the picture
+SHARPNESS = {"subject": 1.0, "setting": 1.0, "colour": 2.0, "pattern": 2.0, "tone": 2.0}
 SIDE, FINE = 32, 4  # pixels of a sticker; drawn so many times larger, then averaged
 
 
@@ -112,42 +104,43 @@ def _on_circles(*radii: float, n: int) -> list[tuple[float, float]]:
     return [(r * math.cos(a), r * math.sin(a)) for a, r in zip(angles, radii * n)]
 
 
-SHAPES = {  # on [-1, 1]^2: a polygon's corners, or the box of an ellipse that is filled or cut out
-    "fish": [("fill", (-0.95, -0.6, 0.55, 0.6)), ("polygon", [(0.3, 0), (0.98, -0.6), (0.98, 0.6)])],
-    "house": [("polygon", [(-0.75, 0.9), (-0.75, -0.1), (-1, -0.1), (0, -0.95), (1, -0.1), (0.75, -0.1),
-                           (0.75, 0.9)])],
-    "tree": [("fill", (-0.8, -1, 0.8, 0.45)), ("polygon", [(-0.22, 0.3), (0.22, 0.3), (0.3, 1), (-0.3, 1)])],
-    "boat": [("polygon", [(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)]),
-             ("polygon", [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)]),
-             ("polygon", [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)])],
+# on [-1, 1]^2: a polygon's corners, or two corners of the box of an ellipse, filled or cut out
+SHAPES = {
+    "fish": [("fill", (-0.95, -0.6, 0.55, 0.6)), ("polygon", (0.3, 0, 0.98, -0.6, 0.98, 0.6))],
+    "house": [("polygon", (-0.75, 0.9, -0.75, -0.1, -1, -0.1, 0, -0.95, 1, -0.1, 0.75, -0.1,
+                           0.75, 0.9))],
+    "tree": [("fill", (-0.8, -1, 0.8, 0.45)),
+             ("polygon", (-0.22, 0.3, 0.22, 0.3, 0.3, 1, -0.3, 1))],
+    "boat": [("polygon", (-1, 0.3, 1, 0.3, 0.6, 0.9, -0.6, 0.9)),
+             ("polygon", (-0.1, -1, -0.1, 0.2, 0.85, 0.2)),
+             ("polygon", (-0.2, -0.8, -0.2, 0.2, -0.8, 0.2))],
     "star": [("polygon", _on_circles(1.05, 0.5, n=10))],
     "heart": [("fill", (-0.94, -0.87, 0.06, 0.13)), ("fill", (-0.06, -0.87, 0.94, 0.13)),
-              ("polygon", [(-0.86, -0.1), (0, -0.45), (0.86, -0.1), (0, 0.95)])],
+              ("polygon", (-0.86, -0.1, 0, -0.45, 0.86, -0.1, 0, 0.95))],
     "moon": [("fill", (-0.95, -0.95, 0.95, 0.95)), ("cut", (0.05, -0.8, 1.35, 0.5))],
     "flower": [("fill", (x - 0.38, y - 0.38, x + 0.38, y + 0.38))
                for x, y in [(0, 0), *_on_circles(0.58, n=5)]],
 }
 
 
-def _silhouette(subject: str, centre: Sequence[float], radius: float, rim: float) -> Image.Image:
-    """Mask of the subject around the centre (x, y), grown by rim, all in pixels; FINE times
-    larger."""
-    mask, (x0, y0) = Image.new("L", (SIDE * FINE, SIDE * FINE)), centre
+def _silhouette(subject: str, centre: np.ndarray, radius: float, rim: float) -> Image.Image:
+    """Mask of the subject around the centre (x, y), grown by rim, in pixels; FINE times larger."""
+    mask = Image.new("L", (SIDE * FINE, SIDE * FINE))
     draw = ImageDraw.Draw(mask)
     for kind, shape in SHAPES[subject]:
+        points = FINE * (centre + radius * np.reshape(shape, (-1, 2)))  # (corners, 2)
         if kind == "polygon":
-            corners = [((x0 + radius * x) * FINE, (y0 + radius * y) * FINE) for x, y in shape]
+            corners = points.flatten().tolist()
             draw.polygon(corners, fill=255)
-            draw.line(corners + corners[:2], fill=255, width=int(2 * rim * FINE), joint="curve")
+            draw.line(corners + corners[:4], fill=255, width=int(2 * rim * FINE), joint="curve")
         else:
-            grow = -rim if kind == "cut" else rim
-            left, top, right, bottom = (c + radius * s for c, s in zip((x0, y0, x0, y0), shape))
-            box = [FINE * e for e in (left - grow, top - grow, right + grow, bottom + grow)]
+            grow = FINE * rim * (-1 if kind == "cut" else 1)
+            box = [*(points[0] - grow), *(points[1] + grow)]
             draw.ellipse(box, fill=0 if kind == "cut" else 255)
     return mask
 
 
-def _body(colour: str, pattern: str, centre: Sequence[float]) -> Image.Image:
+def _body(colour: str, pattern: str, centre: np.ndarray) -> Image.Image:
     """The paint of a subject: a whole picture of its colour and pattern, FINE times larger."""
     side, (x0, y0) = SIDE * FINE, centre
     body = Image.new("RGB", (side, side), PAINT[colour])
@@ -185,10 +178,11 @@ class World(NamedTuple):
 
 def sticker_world(cfg: TrainConfig, seed: int) -> World:
     """Stickers of uniform attributes, and users whose tastes are known: log tastes are normal with
-    SHARPNESS, each user's items are drawn without replacement in proportion to the product of the
-    tastes for their attributes (Gumbel top-k), so that visual and verbal taste are independent."""
+    the standard deviation SHARPNESS; a user's items are drawn without replacement in proportion to
+    the product of the tastes for their attributes (Gumbel top-k). So visual and verbal taste are
+    independent."""
     rng = np.random.default_rng([seed, 1])
-    items = np.stack([rng.integers(0, len(v), cfg.items) for v in ATTRIBUTES.values()], 1)  # (I, A)
+    items = np.stack([rng.integers(0, len(v), cfg.items) for v in ATTRIBUTES.values()], 1)
     logits = {a: SHARPNESS[a] * rng.normal(size=(cfg.users, len(v))) for a, v in ATTRIBUTES.items()}
     tastes = {a: np.exp(x) / np.exp(x).sum(1, keepdims=True) for a, x in logits.items()}
     liked = []
@@ -200,39 +194,30 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     return World(items, tastes, rng.permuted(np.concatenate(liked), axis=1))
 
 
-def values_of(row: np.ndarray, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> dict[str, str]:
-    """The words of a row of numbers, one for each attribute."""
-    return {a: ATTRIBUTES[a][v] for a, v in zip(attributes, row)}
+def values_of(row: np.ndarray) -> dict[str, str]:
+    """The words of a row of numbers, one for each attribute, or for each of SEEN."""
+    return {a: ATTRIBUTES[a][v] for a, v in zip(ATTRIBUTES, row)}
 
 
-def write_csv(path: Path, header: list[str], rows: list[list]):
+def write_csv(path: Path, header: Sequence[str], rows: list[list]):
     """A CSV file in UTF-8."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def write_stickers(folder: Path, world: World, seed: int):
-    """The world as a data folder. items.csv also names the attributes, in columns that loading
-    ignores."""
+    """The world as a data folder. items.csv also names the attributes; loading ignores them."""
     rng = np.random.default_rng([seed, 2])
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for n, row in enumerate(world.items):
-        value = values_of(row)
+    items, likes = [], []
+    for n, value in enumerate(map(values_of, world.items)):
         with replacing(folder / "images" / f"s{n:04d}.png") as path:
             draw_sticker(value, rng).save(path, "PNG")
-        rows.append([f"s{n:04d}", value["tone"].format(**value), *(value[a] for a in SEEN)])
-    likes = [[f"u{u:03d}", f"s{i:04d}", t] for u, row in enumerate(world.liked) for t, i in enumerate(row)]
-    write_csv(folder / "items.csv", ["item", "text", "prompt", *SEEN[1:]], rows)
+        items.append([f"s{n:04d}", value["tone"].format(**value), *(value[a] for a in SEEN)])
+    for u, row in enumerate(world.liked):
+        likes += [[f"u{u:03d}", f"s{i:04d}", time] for time, i in enumerate(row)]
+    write_csv(folder / "items.csv", ["item", "text", "prompt", *SEEN[1:]], items)
     write_csv(folder / "interactions.csv", ["user", "item", "timestamp"], likes)
-
-
-def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], and the values of SEEN (n,
-    4)."""
-    values = np.stack([rng.integers(0, len(ATTRIBUTES[a]), n) for a in SEEN], 1)
-    pictures = np.stack([draw_sticker(values_of(row, SEEN), rng) for row in values])
-    return to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2)), torch.from_numpy(values)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -240,9 +225,16 @@ def to_float(images: Tensor) -> Tensor:
     return images / 127.5 - 1
 
 
+def draw_batch(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """n freshly drawn stickers: pictures (n, 3, 32, 32) in [-1, 1], and values of SEEN (n, 4)."""
+    values = np.stack([rng.integers(0, len(ATTRIBUTES[a]), n) for a in SEEN], 1)
+    pictures = np.stack([draw_sticker(values_of(row), rng) for row in values])
+    return to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2)), torch.from_numpy(values)
+
+
 class Referee(nn.Module):
-    """Reads the values of SEEN off a sticker; trained on freshly drawn ones only, with noise,
-    since it shall read pictures that were generated."""
+    """Reads the values of SEEN off a sticker; trained on freshly drawn ones only, with noise, since
+    it shall read pictures that were generated."""
 
     def __init__(self):
         super().__init__()
@@ -251,9 +243,9 @@ class Referee(nn.Module):
             nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
             nn.Conv2d(32, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(),
             nn.Conv2d(64, 96, 3, 2, 1), nn.GroupNorm(8, 96), nn.ReLU(),
-            nn.Conv2d(96, 96, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 16, sum(self.sizes)))
+            nn.Conv2d(96, 96, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1536, sum(self.sizes)))
 
-    def loss(self, pictures: Tensor, values: Tensor, generator: torch.Generator | None) -> Tensor:
+    def loss(self, pictures: Tensor, values: Tensor, generator: Generator | None) -> Tensor:
         """() cross entropy, summed over SEEN; pictures (B, 3, 32, 32) get noise of up to 0.1."""
         size = torch.rand(len(pictures), 1, 1, 1, generator=generator, device=pictures.device) / 10
         noise = torch.randn(pictures.shape, generator=generator, device=pictures.device)
@@ -262,99 +254,93 @@ class Referee(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, H) in [-1, 1], resized to 32 -> (B, 4) int64, the values of SEEN."""
-        if pictures.shape[-1] != SIDE:
-            pictures = F.interpolate(pictures, size=(SIDE, SIDE), mode="area")
-        return torch.stack([x.argmax(1) for x in self.net(pictures).split(self.sizes, 1)], 1)
+        """(B, 3, H, H) in [-1, 1], seen at 32 x 32 -> (B, 4) int64, the values of SEEN."""
+        logits = self.net(F.adaptive_avg_pool2d(pictures, SIDE)).split(self.sizes, 1)
+        return torch.stack([x.argmax(1) for x in logits], 1)
 
 
-_GRAMMAR = [re.compile(re.escape(tone).replace(r"\{", "(?P<").replace(r"\}", r">\w+)")) for tone in TONES]
+TEXTS = {tone.format(subject=subject, setting=setting): (s, n, t)
+         for (s, subject), (n, setting), (t, tone)
+         in product(*map(enumerate, (SUBJECTS, SETTINGS, TONES)))}
 
 
 def read_text(text: str) -> tuple[int, int, int]:
-    """Subject, setting and tone of a sticker's text by the grammar; -1 thrice if it is not one."""
-    for tone, grammar in enumerate(_GRAMMAR):
-        if (m := grammar.fullmatch(text)) and m["subject"] in SUBJECTS and m["setting"] in SETTINGS:
-            return SUBJECTS.index(m["subject"]), SETTINGS.index(m["setting"]), tone
-    return -1, -1, -1
+    """Subject, setting and tone of a sticker's text; -1 thrice if it is not one."""
+    return TEXTS.get(text, (-1, -1, -1))
 
 
-# ---- a run: stages that can be killed and resumed ----------------------------------------------
+# ---- a run: stages that can be killed and resumed ------------------------------------------------
 
 KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables")  # in a checkpoint
 
 
-class Diverged(RuntimeError):
-    """A loss, gradient or parameter is not finite; says which, in which stage and step."""
+def clocks() -> np.ndarray:
+    """Seconds on the wall, and of this process's CPU time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def check_finite(run: Run, values: dict[str, Tensor]):
+    """Raises FloatingPointError, naming the first of the tensors that is not finite."""
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"stage {run.stage}, step {run.step}: {name} is not finite; "
+                                     "the last good checkpoint is kept; try a lower learning rate")
 
 
 class Run:
     """What a run consists of between its stages: settings, data, networks, and what its files hold.
 
-    modules: what training changes, saved whole; tables: the preference-token tables as they were
-    before the reward. All randomness comes from generator(stage, step), so the state that a
-    checkpoint needs is modules, optimizer and step."""
+    modules: what training changes, saved whole; tables: the preference-token tables before the
+    reward; new: pairs (2, E) of users kept out of training; liked (2, E): training interactions,
+    users and seen: of whom and of what; tokens (I, T), images (I, 3, H, H) uint8, prompt (I, P);
+    prompts (W, P): different ones, topic (I,): which; learns: items that scorer and judge learn
+    from, halves of which the other knows no text; fresh (I,) bool: items new to the judge.
+    All randomness comes from generator(stage, step), so the state that a checkpoint needs is
+    modules, optimizer and step."""
 
-    def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None, out: Path,
-                 device: torch.device):
+    def __init__(self, cfg: Config, train: TrainConfig, data: Dataset, world: World | None,
+                 out: Path, device: torch.device):
         self.cfg, self.train, self.data, self.world = cfg, train, data, world
-        self.out, self.device = out, device
+        self.out, self.device, self.clock = out, device, clocks()
         self.done, self.stage, self.step, self.optimizer_state = [], "", 0, None
         self.log, self.metrics, self.seconds, self.tables = [], {}, {}, {}
-        self.saved_at, self.interrupted, self.busy = time.monotonic(), False, False
+        self.busy = self.interrupted = False  # in a step of `fit`; asked to end after it
         new = hold_out_users(data, train.new_users, cfg.method.seed)
-        self.new = {name: pairs.to(device) for name, pairs in new.items()}  # (2, E) each
-        self.liked = self.pairs(TRAIN)  # (2, E)
-        self.users, self.seen = (x.unique() for x in self.liked)  # who and what is trained on
+        self.new = {name: pairs.to(device) for name, pairs in new.items()}
+        self.liked = self.pairs(TRAIN)
+        self.users, self.seen = (x.unique() for x in self.liked)
         n_test, n_seen = len(self.pairs(TEST)[0].unique()), len(self.seen)
         if n_test < 3 or n_seen < 4:
-            raise ValueError(f"{data.name}: {n_test} users to test on (need 3), {n_seen} items to learn "
-                             "from (need 4): need more interactions")
-        self._build_networks()
-        self._encode_content()
-        self._split_items()
+            raise ValueError(f"{data.name}: {n_test} users to test on (need 3), {n_seen} items to "
+                             "learn from (need 4): need more interactions")
+        self.modules = self._networks()
+        self.model = self.modules["model"].to(device)  # its graph, too
+        tokens, n_cut = self.model.tokenizer.encode_batch(data.texts, cfg.text.context)
+        if n_cut:
+            data.notices.append(f"{n_cut} texts cut to {cfg.text.context} tokens: --text-context")
+        self.tokens, self.images = tokens.to(device), data.images.to(device)
+        self.prompt = self.model.catalogue.encode_prompts(data.prompts).to(device)
+        self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)
+        halves = halves_by_text(tokens[self.seen.cpu()], self.generator("halves", device="cpu"))
+        self.learns = {m: self.seen[x.to(device)] for m, x in zip(("scorer", "judge"), halves)}
+        text = self.tokens.unique(dim=0, return_inverse=True)[1]  # (I,)
+        self.fresh = ~torch.isin(text, text[self.learns["judge"]])
 
-    def _build_networks(self):
-        """Each network starts from a stream of its own: the judge shares nothing with the
-        scorer."""
+    def _networks(self) -> nn.ModuleDict:
+        """Each starts from a stream of its own: the judge shares nothing with the scorer."""
         cfg, texts = self.cfg, [self.data.texts[i] for i in self.seen.tolist()]
         tokenizer = Tokenizer.train(texts, cfg.text.vocab_size)
         catalogue = Catalogue.of(self.data, tokenizer)
-        n_words = max(1, len(catalogue.words))
+        sizes = tokenizer.vocab_size, max(1, len(catalogue.words))
         build = {"model": lambda: DPPMG(cfg, catalogue), "referee": Referee,
-                 "judge": lambda: Scorer(cfg.reward, tokenizer.vocab_size, n_words)}
-        self.modules = nn.ModuleDict()
+                 "judge": lambda: Scorer(cfg.reward, *sizes)}
+        modules = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):
             for name, network in build.items():
                 torch.manual_seed(self.seed(f"start of {name}"))
-                self.modules[name] = network()
-        self.modules["average"] = copy.deepcopy(self.model.image)
-        self.modules.to(self.device)
-        self.model.to(self.device)  # its graph, too
-
-    def _encode_content(self):
-        data, model, context = self.data, self.model, self.cfg.text.context
-        tokens, n_cut = model.tokenizer.encode_batch(data.texts, context)
-        if n_cut:
-            data.notices.append(f"{n_cut} texts cut to {context} tokens: --text-context")
-        self.tokens, self.images = tokens.to(self.device), data.images.to(self.device)  # (I, T), uint8
-        self.prompt = model.catalogue.encode_prompts(data.prompts).to(self.device)  # (I, P)
-        self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)  # (W, P), (I,)
-
-    def _split_items(self):
-        """What scorer and judge learn from: halves of the items, of which the other knows no
-        text."""
-        generator = torch.Generator().manual_seed(self.seed("halves"))
-        halves = halves_by_text(self.tokens[self.seen].cpu(), generator)
-        scorer, judge = (self.seen[half.to(self.device)] for half in halves)
-        self.learns = {"scorer": scorer, "judge": judge}
-        text = self.tokens.unique(dim=0, return_inverse=True)[1]
-        self.fresh = ~torch.isin(text, text[judge])  # (I,) bool: items new to the judge
-
-    @property
-    def model(self) -> DPPMG:
-        """The method."""
-        return self.modules["model"]
+                modules[name] = network()
+        modules["average"] = copy.deepcopy(modules["model"].image)
+        return modules.to(self.device)
 
     def pairs(self, *parts: int) -> Tensor:
         """Users and items (2, R) of the interactions in some parts of the data, or in all."""
@@ -367,9 +353,9 @@ class Run:
         digest = hashlib.sha256(f"{self.cfg.method.seed}/{stage}/{step}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
-    def generator(self, stage: str, step: int = 0) -> torch.Generator:
-        """The randomness of one step of one stage, on the device."""
-        return torch.Generator(self.device).manual_seed(self.seed(stage, step))
+    def generator(self, stage: str, step: int = 0, device: str | None = None) -> Generator:
+        """The randomness of one step of one stage, on the device, or another."""
+        return torch.Generator(device or self.device).manual_seed(self.seed(stage, step))
 
     def identity(self) -> dict:
         """What a checkpoint must have in common with the run that goes on from it."""
@@ -377,9 +363,11 @@ class Run:
                 "fingerprint": self.data.fingerprint()}
 
     def save(self, optimizer: torch.optim.Optimizer | None = None):
-        """Write checkpoint.pt and log.csv; not if a parameter is not finite: the last good one
-        stays."""
+        """Write checkpoint.pt and log.csv; add the time since the last one to the stage's seconds.
+        Raises FloatingPointError, and keeps the last good files, if a parameter is not finite."""
         check_finite(self, self.modules.state_dict())
+        spent, self.clock = clocks() - self.clock, clocks()
+        self.seconds[self.stage] = (spent + self.seconds.get(self.stage, 0)).tolist()
         state = self.model.state() | self.identity() | {name: getattr(self, name) for name in KEPT}
         state["others"] = {n: m.state_dict() for n, m in self.modules.items() if n != "model"}
         state |= {"format": FORMAT, "optimizer": optimizer.state_dict() if optimizer else None}
@@ -387,9 +375,8 @@ class Run:
             try:
                 torch.save(state, path)
             except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"{path}: cannot be written ({str(error)[:80]}): is the disk full?") from None
+                raise OSError(f"{path}: cannot be written ({error!r:.80}): disk full?") from None
         write_csv(self.out / "log.csv", ["stage", "step", "name", "value"], self.log)
-        self.saved_at = time.monotonic()
 
     def restore(self):
         """Go on from the checkpoint, if there is one. CheckpointError where it is another run's."""
@@ -398,9 +385,8 @@ class Run:
             return
         state = read_checkpoint(path)
         try:
-            differ = [name for name, value in self.identity().items() if state[name] != value]
-            if differ:
-                raise ValueError(f"another {' and '.join(differ)}")
+            if any(state[name] != value for name, value in self.identity().items()):
+                raise ValueError("other settings or data")
             self.model.load_state_dict(state["model"])
             for name, values in state["others"].items():
                 self.modules[name].load_state_dict(values)
@@ -409,36 +395,24 @@ class Run:
             self.tables = {m: table.to(self.device) for m, table in self.tables.items()}
             self.optimizer_state = state["optimizer"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: not of this run ({what}); choose another --out") from None
+            why = f"not of this run ({error!r:.200})"
+            raise CheckpointError(f"{path}: {why}; choose another --out") from None
 
     def note(self, step: int, **values: float):
         """Add named values to the log of this stage."""
         self.log += [[self.stage, step, name, float(value)] for name, value in values.items()]
-
-    @contextlib.contextmanager
-    def timed(self, stage: str):
-        """Add the wall and CPU seconds of the block to the stage's."""
-        start = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            end = time.perf_counter(), time.process_time()
-            spent = self.seconds.get(stage, [0.0, 0.0])
-            self.seconds[stage] = [s + b - a for s, a, b in zip(spent, start, end)]
 
 
 def adamw(module: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and kernels only, as one fused kernel."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     vectors = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def ramp(x: float, warm: float = 0.05, hold: float = 0.05) -> float:
-    """Learning rate over its peak at x in [0, 1) of a stage: rises until `warm`, falls after
-    `hold`."""
+    """Learning rate over its peak at x in [0, 1) of a stage: up until `warm`, down after `hold`."""
     return min(1.0, (x + 1e-3) / warm, (1 - x) / (1 - hold))
 
 
@@ -451,14 +425,14 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float, step: int):
 
 
 def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
-        losses: Callable[[torch.Generator], dict[str, Tensor]], schedule: Callable = ramp,
+        losses: Callable[[Generator], dict[str, Tensor]], schedule: Callable = ramp,
         after: Callable[[int], None] = lambda step: None, clip: float = 1.0):
     """The one training loop: `losses` gives the tensors to log, of which "loss" is descended;
     `after`(step) follows a step. Goes on where a checkpoint left this stage, and writes one from
-    time to time. Raises Diverged on a loss or gradient that is not finite (looked at each step on
-    the CPU, elsewhere when it logs: a look waits for the device)."""
+    time to time. Raises FloatingPointError on a loss or gradient that is not finite (looked at
+    each step on the CPU, elsewhere when it logs: a look waits for the device)."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    peaks, first = [group["lr"] for group in optimizer.param_groups], run.step
+    peaks = [group["lr"] for group in optimizer.param_groups]
     if run.optimizer_state:
         try:
             optimizer.load_state_dict(run.optimizer_state)
@@ -466,8 +440,8 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
             raise CheckpointError(f"{run.out / 'checkpoint.pt'}: its optimizer does not fit stage "
                                   f"{run.stage} ({type(error).__name__})") from None
         run.optimizer_state = None
-    quiet = not sys.stderr.isatty()
-    for step in tqdm(range(first, steps), run.stage, steps, False, initial=first, disable=quiet):
+    todo = range(run.step, steps)
+    for step in tqdm(todo, run.stage, steps, leave=False, disable=None, initial=run.step):
         run.busy, log = True, (step + 1) % max(1, steps // 50) == 0 or step + 1 == steps
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / steps)
@@ -483,33 +457,25 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
         after(step)
         if log:
             run.note(run.step, **{name: value.item() for name, value in parts.items()})
-        if run.interrupted or time.monotonic() - run.saved_at > run.train.checkpoint_seconds:
+        if run.interrupted or clocks()[0] - run.clock[0] > run.train.checkpoint_seconds:
             run.save(optimizer)
         run.busy = False
         if run.interrupted:
             raise KeyboardInterrupt
 
 
-def check_finite(run: Run, values: dict[str, Tensor]):
-    """Raises Diverged, naming the first of the tensors that is not finite."""
-    for name, value in values.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise Diverged(f"stage {run.stage}, step {run.step}: {name} is not finite; the last good "
-                           "checkpoint is kept; try a lower learning rate")
-
-
-# ---- the stages --------------------------------------------------------------------------------
+# ---- the stages ----------------------------------------------------------------------------------
 # Each trains one part on the training interactions and returns what it achieved in words.
 
-def draw(n: int, size: int, generator: torch.Generator) -> Tensor:
+def draw(n: int, size: int, generator: Generator) -> Tensor:
     """size indices below n, with replacement."""
     return torch.randint(n, (size,), generator=generator, device=generator.device)
 
 
+@torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, n: int = 256) -> Tensor:
     """function(x) without gradient, n rows at a time."""
-    with torch.no_grad():
-        return torch.cat([function(rows) for rows in x.split(n)])
+    return torch.cat([function(rows) for rows in x.split(n)])
 
 
 def latents_of(run: Run) -> Tensor:
@@ -517,9 +483,18 @@ def latents_of(run: Run) -> Tensor:
     return in_batches(lambda x: run.model.autoencoder.encode(to_float(x)), run.images)
 
 
+def contents(run: Run, item: Tensor) -> Content:
+    """Pictures and texts of items (B,)."""
+    return Content(to_float(run.images[item]), run.tokens[item])
+
+
+def tables_of(model: DPPMG) -> dict[str, Tensor]:
+    """Both generators' tables of preference tokens."""
+    return {m: getattr(model, m).preference.weight for m in MODALITIES}
+
+
 def train_autoencoder(run: Run) -> str:
-    """Reconstruct the pictures of the items that were liked in training; standardize the
-    latents."""
+    """Reconstruct the pictures of items that were liked in training; standardize the latents."""
     cfg, net = run.cfg.image, run.model.autoencoder
 
     def losses(generator):
@@ -534,26 +509,13 @@ def train_autoencoder(run: Run) -> str:
 
 
 def fit_features(run: Run) -> str:
-    """PCA of the latents and SVD of TF-IDF, fitted to the items liked in training, for all
-    items."""
-    model, latents, cfg = run.model, latents_of(run), run.cfg.method
-    model.image_features.fit(latents[run.seen])
-    model.text_features.fit(run.tokens[run.seen])
-    model.gnn.set_features("image", model.image_features(latents))
-    model.gnn.set_features("text", model.text_features(run.tokens))
-    return f"{cfg.image_features} image and {cfg.text_features} text features"
-
-
-def train_gnn(run: Run) -> str:
-    """Modal-specific graph network by BPR."""
-    cfg, gnn, graph = run.cfg.gnn, run.model.gnn, run.model.graph
-
-    def losses(generator):
-        return {"loss": gnn.loss(graph, *sample_triplets(graph, cfg.batch, generator))}
-    fit(run, torch.optim.Adam(gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
-    with torch.no_grad():
-        run.metrics["stage1"] = rank(run, gnn(graph), run.pairs(TEST))
-    return f"recall@20 {run.metrics['stage1']['recall@20']:.4f}"
+    """PCA of latents and SVD of TF-IDF, fitted to the items liked in training, for all items."""
+    model, content = run.model, {"image": latents_of(run), "text": run.tokens}
+    for m, x in content.items():
+        features = getattr(model, f"{m}_features")
+        features.fit(x[run.seen])
+        model.gnn.set_features(m, features(x))
+    return f"{len(run.seen)} items liked in training, {len(run.images)} in all"
 
 
 def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], test: Tensor) -> dict[str, float]:
@@ -565,9 +527,33 @@ def rank(run: Run, rows: dict[str, tuple[Tensor, Tensor]], test: Tensor) -> dict
     return ranking_summary(rows, *graphs)
 
 
+def train_gnn(run: Run) -> str:
+    """Modal-specific graph network by BPR."""
+    cfg, gnn, graph = run.cfg.gnn, run.model.gnn, run.model.graph
+
+    def losses(generator):
+        return {"loss": gnn.loss(graph, *sample_triplets(graph, cfg.batch, generator))}
+    fit(run, torch.optim.Adam(gnn.parameters(), cfg.lr), cfg.steps, losses, lambda x: 1.0)
+    run.metrics["stage1"] = rank(run, gnn(graph), run.pairs(TEST))
+    return f"recall@20 {run.metrics['stage1']['recall@20']:.4f}"
+
+
+def measure_codebook(run: Run, rows: dict[str, tuple[Tensor, Tensor]]) -> str:
+    """How the codes are used, and how much of the ranking they keep."""
+    health, quantized = {}, {}
+    for m, (p, e) in rows.items():
+        taste = run.model.modality[m]
+        unit = taste.decode(taste.tokens)
+        quantized[m] = unit * p.norm(dim=1, keepdim=True), e
+        health[m] = codebook_health(taste.tokens[run.users], run.cfg.vq.codes)
+        health[m]["explained"] = explained(p[run.users], unit[run.users])
+    recall = rank(run, quantized, run.pairs(TEST))["recall@20"]
+    run.metrics["codebook"], run.metrics["stage1"]["recall@20_quantized"] = health, recall
+    return f"recall@20 from tokens {recall:.4f}"
+
+
 def train_codebook(run: Run) -> str:
-    """Residual VQ-VAE of each modality's preferences; BPR on the reconstruction keeps what
-    ranks."""
+    """Residual VQ-VAE of each modality's preferences; BPR on what it rebuilds keeps what ranks."""
     cfg, model = run.cfg.vq, run.model
     with torch.no_grad():
         rows = model.gnn(model.graph)
@@ -592,32 +578,17 @@ def train_codebook(run: Run) -> str:
     return measure_codebook(run, rows)
 
 
-def measure_codebook(run: Run, rows: dict[str, tuple[Tensor, Tensor]]) -> str:
-    """How the codes are used, and how much of the ranking they keep."""
-    health, quantized = {}, {}
-    for m, (p, e) in rows.items():
-        taste = run.model.modality[m]
-        unit = taste.decode(taste.tokens)
-        quantized[m] = unit * p.norm(dim=1, keepdim=True), e
-        health[m] = codebook_health(taste.tokens[run.users], run.cfg.vq.codes)
-        health[m]["explained"] = explained(p[run.users], unit[run.users])
-    recall = rank(run, quantized, run.pairs(TEST))["recall@20"]
-    run.metrics["codebook"], run.metrics["stage1"]["recall@20_quantized"] = health, recall
-    return f"recall@20 from tokens {recall:.4f}"
-
-
-def train_generator(run: Run, m: str, loss: Callable, optimizer: torch.optim.Optimizer, **options):
+def train_generator(run: Run, m: str, loss: Callable, **options) -> str:
     """Learn what users liked: loss(items (n,), prompts (n, P), tokens (n, M), generator) on
-    training
-    interactions, tokens null at null_rate. Returns the loss on 512 validation interactions."""
-    cfg = getattr(run.cfg, m)
+    training interactions, tokens null at null_rate; and the loss on 512 validation interactions."""
+    cfg, net = getattr(run.cfg, m), getattr(run.model, m)
 
     def losses(generator):
         user, item = run.liked[:, draw(run.liked.shape[1], cfg.batch, generator)]
         prefs = drop_preferences(run.model.user_tokens(user)[m], cfg.null_rate, generator)
         with run.model.half():
             return {"loss": loss(item, run.prompt[item], prefs, generator)}
-    fit(run, optimizer, cfg.steps, losses, **options)
+    fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, **options)
     user, item = run.pairs(VALID)[:, :512]
     if len(user):
         prefs = run.model.user_tokens(user)[m]
@@ -629,11 +600,8 @@ def train_generator(run: Run, m: str, loss: Callable, optimizer: torch.optim.Opt
 
 def train_text(run: Run) -> str:
     """GPT-style decoder on the texts that users liked, given the prompt and their tokens."""
-    cfg, net = run.cfg.text, run.model.text
-
-    def loss(item, prompt, prefs, generator):
-        return net.loss(run.tokens[item], prompt, prefs)
-    return train_generator(run, "text", loss, adamw(net, cfg.lr, cfg.weight_decay))
+    return train_generator(run, "text", lambda item, prompt, prefs, generator:
+                           run.model.text.loss(run.tokens[item], prompt, prefs))
 
 
 def train_image(run: Run) -> str:
@@ -651,8 +619,7 @@ def train_image(run: Run) -> str:
         ema_update(average, net, cfg.ema, step)
         if step + 1 == cfg.steps:
             net.load_state_dict(average.state_dict())
-    options = {"schedule": lambda x: ramp(x, hold=0.5), "after": after}
-    return train_generator(run, "image", loss, adamw(net, cfg.lr, cfg.weight_decay), **options)
+    return train_generator(run, "image", loss, schedule=lambda x: ramp(x, hold=0.5), after=after)
 
 
 def train_scorer(run: Run) -> str:
@@ -671,11 +638,6 @@ def train_scorer(run: Run) -> str:
     return f"a picture finds its text before {share:.1%} of others, on texts it never learnt"
 
 
-def contents(run: Run, item: Tensor) -> Content:
-    """Pictures and texts of items (B,)."""
-    return Content(to_float(run.images[item]), run.tokens[item])
-
-
 def train_referee(run: Run) -> str:
     """Stickers only: learn to read pictures from freshly drawn ones."""
     if run.world is None:
@@ -691,74 +653,35 @@ def train_referee(run: Run) -> str:
     pictures, values = draw_batch(1000, np.random.default_rng([seed, 4]))
     right = in_batches(net.read, pictures.to(run.device)).cpu() == values
     run.metrics["referee"] = dict(zip(SEEN, right.double().mean(0).tolist()))
-    shares = (f"{name} {share:.1%}" for name, share in run.metrics["referee"].items())
-    return f"right on fresh stickers: {', '.join(shares)}"
+    return f"right on fresh stickers: {right.double().mean():.1%}"
 
 
-def train_reward(run: Run) -> str:
-    """REINFORCE: the token tables, and nothing else, learn to please the reward."""
-    cfg, model = run.cfg.reward, run.model
-    tables = {m: getattr(model, m).preference.weight for m in MODALITIES}
-    if run.step == 0:
-        run.tables = {m: table.detach().clone() for m, table in tables.items()}
-        watch(run)
-    model.requires_grad_(False)
-    optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
-
-    def losses(generator):
-        order = torch.rand(len(run.users), generator=generator, device=run.device).argsort()
-        user = run.users[order[:cfg.groups]]  # each at most once a round
-        prompt = run.prompt[sample_positives(model.graph, user, generator)]
-        step = model.reinforce_step(user, prompt, run.tables, generator)
-        parts = {name: value.mean() for name, value in step.parts._asdict().items()}
-        return {"loss": step.loss, "kl_image": step.kl_image, "kl_text": step.kl_text} | parts
-
-    def after(step):
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
-            watch(run)
-
-    def schedule(x):
-        return ramp(x, warm=0.1, hold=0.7)
-    fit(run, optimizer, cfg.rounds, losses, schedule, after, clip=math.inf)
-    model.requires_grad_(True)
-    name = "valid_consistency" if run.world else "valid_judge_consistency"
-    values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
-    return f"{name[6:]} on validation pairs {values[0]:.3f} -> {values[-1]:.3f}"
-
-
-def watch(run: Run):
-    """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste
-    of a user is made of validation likes alone: nothing of the test part is looked at."""
-    part = VALID if run.pairs(VALID).shape[1] else TRAIN
-    made = make(run, "after_reward", draw_pairs(run, part, 96), run.generator("watch"))
-    found = measures(run, made, run.pairs(part))
-    run.note(run.step, **{f"valid_{n}": v.nanmean() for n, v in found.items() if n != "copied"})
-
-
-# ---- evaluation: on what was held out, by a judge or referee that the reward never saw ----------
+# ---- evaluation: on what was held out, by a judge or referee that the reward never saw -----------
 
 VARIANTS = ("real", "unpersonalized", "before_reward", "after_reward", "best_of")
 
 
 class Pairs(NamedTuple):
-    user: Tensor  # (B,) int64
-    item: Tensor  # (B,) int64: gives the prompt, and for "real" the content
-    other: Tensor  # (B,) int64: another user of the training, at random
+    """Users (B,), items (B,), which give the prompts, and for "real" the content; and for each
+    another user of the training, at random (B,)."""
+    user: Tensor
+    item: Tensor
+    other: Tensor
 
 
 class Made(NamedTuple):
-    """What a variant gives for pairs, and what that is compared with."""
+    """What a variant gives for pairs: for their users, and, with the same prompts, for the other
+    users; and texts (B, T) for their users in another draw, all PAD where there is none."""
     pairs: Pairs
-    own: Content  # for each pair's user and prompt
-    other: Content  # for the same prompts and the other users
-    again: Tensor  # (B, T) texts for the same users and prompts, in another draw; all PAD: none
+    own: Content
+    other: Content
+    again: Tensor
 
 
 def draw_pairs(run: Run, part: int, n: int) -> Pairs:
-    """At most n interactions of a part of the data, at random, each with another user of
-    training."""
+    """At most n interactions of a part of the data, at random, each with another training user."""
     user, item = run.data.pairs(part)
-    generator, users = torch.Generator().manual_seed(run.seed(f"pairs {part}")), run.users.cpu()
+    generator, users = run.generator(f"pairs {part}", device="cpu"), run.users.cpu()
     rows = torch.randperm(len(user), generator=generator)[:n]
     shift = 1 + draw(len(users) - 1, len(rows), generator)
     other = users[(torch.searchsorted(users, user[rows]) + shift) % len(users)]
@@ -774,14 +697,14 @@ def liked_by(run: Run, user: Tensor, pairs: Tensor) -> Tensor:
     return liked[place]
 
 
-def choose(mask: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def choose(mask: Tensor, n: int, generator: Generator) -> Tensor:
     """n different items of each row at random, -1 where it has fewer: (B, I) bool -> (B, n)."""
     chance = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill(~mask, -1)
     value, item = chance.topk(min(n, mask.shape[1]), dim=1)
     return item.masked_fill(value < 0, -1)
 
 
-def make_real(run: Run, pairs: Pairs, generator: torch.Generator) -> Made:
+def make_real(run: Run, pairs: Pairs, generator: Generator) -> Made:
     """The items themselves, where the judge has not learnt them; beside each another item of the
     same prompt that the user does not like, and the text of another one that the user likes."""
     liked = liked_by(run, pairs.user, run.pairs())
@@ -794,7 +717,18 @@ def make_real(run: Run, pairs: Pairs, generator: torch.Generator) -> Made:
     return Made(pairs, contents(run, pairs.item), contents(run, other[rows]), text[rows])
 
 
-def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> Made:
+def make_for(run: Run, variant: str, user: Tensor, item: Tensor, generator: Generator) -> Content:
+    """What a variant (all but "real") generates for users (B,) and the prompts of items (B,)."""
+    model, tokens = run.model, run.model.user_tokens(user)
+    if variant == "unpersonalized":
+        tokens = {m: torch.full_like(rows, -1) for m, rows in tokens.items()}
+    tables = run.tables if variant in ("before_reward", "best_of") else tables_of(model)
+    best_of = run.train.best_of if variant == "best_of" else 1
+    with table_as(model.image, tables["image"]), table_as(model.text, tables["text"]):
+        return Content(*model.sample_pairs(run.prompt[item], tokens, generator, best_of))
+
+
+def make(run: Run, variant: str, pairs: Pairs, generator: Generator) -> Made:
     """What a variant gives for the pairs, and for comparison: another user's, and another draw."""
     if variant == "real":
         return make_real(run, pairs, generator)
@@ -803,23 +737,10 @@ def make(run: Run, variant: str, pairs: Pairs, generator: torch.Generator) -> Ma
     return Made(pairs, own, other, again.tokens)
 
 
-def make_for(run: Run, variant: str, user: Tensor, item: Tensor, generator) -> Content:
-    """What a variant (all but "real") generates for users (B,) and the prompts of items (B,)."""
-    model, tokens = run.model, run.model.user_tokens(user)
-    if variant == "unpersonalized":
-        tokens = {m: torch.full_like(rows, -1) for m, rows in tokens.items()}
-    before = variant in ("before_reward", "best_of")
-    tables = run.tables if before else {m: getattr(model, m).preference.weight for m in MODALITIES}
-    best_of = run.train.best_of if variant == "best_of" else 1
-    with table_as(model.image, tables["image"]), table_as(model.text, tables["text"]):
-        return Content(*model.sample_pairs(run.prompt[item], tokens, generator, best_of))
-
-
 def read(run: Run, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Stickers: the values of SEEN in pictures (B, 4); subject, setting and tone of texts (B,
-    3)."""
+    """Stickers: values of SEEN in pictures (B, 4); subject, setting and tone of texts (B, 3)."""
     texts = [read_text(text) for text in run.model.tokenizer.decode_batch(tokens)]
-    return in_batches(run.modules["referee"].read, images).cpu(), torch.tensor(texts)
+    return in_batches(run.modules["referee"].read, images).cpu(), torch.tensor(texts).reshape(-1, 3)
 
 
 def agree(see: Tensor, told: Tensor) -> Tensor:
@@ -828,8 +749,7 @@ def agree(see: Tensor, told: Tensor) -> Tensor:
 
 
 def shown(see: Tensor, told: Tensor) -> dict[str, dict[str, Tensor]]:
-    """modality -> attribute that it shows and the prompt leaves open -> value (B,), -1
-    unreadable."""
+    """modality -> attribute that it shows and the prompt leaves open -> value (B,), -1 if none."""
     image = dict(zip(SEEN[1:], see[:, 1:].T))
     return {"image": image, "text": {"setting": told[:, 1], "tone": told[:, 2]}}
 
@@ -856,9 +776,8 @@ def judge_measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     judge, (user, item, _) = run.modules["judge"], made.pairs
     if len(user) < 2:
         return {}
-    rows = torch.arange(len(run.topic), device=run.device)
-    items = {"image": in_batches(lambda i: judge.encode_image(to_float(run.images[i])), rows),
-             "text": in_batches(judge.encode_text, run.tokens)}
+    images = in_batches(lambda x: judge.encode_image(to_float(x)), run.images)
+    items = {"image": images, "text": in_batches(judge.encode_text, run.tokens)}
     tastes = {m: taste_without(emb, *likes, user, item) for m, emb in items.items()}
     found = judge_pairs(judge, made.own, made.other, made.again, tastes)
     if len(run.prompts) > 1:
@@ -884,6 +803,50 @@ def measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     return {n: v.masked_fill(none, math.nan) if "repaired" in n else v for n, v in found.items()}
 
 
+def watch(run: Run):
+    """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste
+    of a user is made of validation likes alone: nothing of the test part is looked at."""
+    part = VALID if run.pairs(VALID).shape[1] else TRAIN
+    made = make(run, "after_reward", draw_pairs(run, part, 96), run.generator("watch"))
+    found = measures(run, made, run.pairs(part))
+    run.note(run.step, **{f"valid_{n}": v.nanmean() for n, v in found.items() if n != "copied"})
+
+
+def train_reward(run: Run) -> str:
+    """REINFORCE: the token tables, and nothing else, learn to please the reward."""
+    cfg, model = run.cfg.reward, run.model
+    tables = tables_of(model)
+    if run.step == 0:
+        run.tables = {m: table.detach().clone() for m, table in tables.items()}
+        watch(run)
+    model.requires_grad_(False)
+    optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
+
+    def losses(generator):
+        order = torch.rand(len(run.users), generator=generator, device=run.device).argsort()
+        user = run.users[order[:cfg.groups]]  # each at most once a round
+        prompt = run.prompt[sample_positives(model.graph, user, generator)]
+        step = model.reinforce_step(user, prompt, run.tables, generator)
+        parts = {name: value.mean() for name, value in step.parts._asdict().items()}
+        return {"loss": step.loss, "kl_image": step.kl_image, "kl_text": step.kl_text} | parts
+
+    def after(step):
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
+            watch(run)
+    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, clip=math.inf)
+    model.requires_grad_(True)
+    name = "valid_consistency" if run.world else "valid_judge_consistency"
+    values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
+    return f"{name[6:]} on validation pairs {values[0]:.3f} -> {values[-1]:.3f}"
+
+
+def total_variation(value: Tensor, count: Tensor, truth: Tensor) -> Tensor:
+    """Half the absolute difference between the shares of value (G, S), -1 none, among count (G,)
+    samples and truth (G, V) -> (G,) in [0, 1]."""
+    share = F.one_hot(value + 1, truth.shape[1] + 1)[:, :, 1:].sum(1) / count[:, None]  # (G, V)
+    return ((share - truth).abs().sum(1) + 1 - share.sum(1)) / 2
+
+
 def spread(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
     """How much the S samples of each of G users differ (two with the same prompt are compared), and
     how near to the user's taste they are, (G,) each.
@@ -895,31 +858,23 @@ def spread(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, 
         found[f"judge_variety_{m}"] = share_of_pairs(1 - emb @ emb.mT, alike)
     if not run.world:
         return found
-    same = {}
+    same, there, alike = {}, there.cpu(), alike.cpu()
     for m, values in shown(*read(run, *content)).items():
         differ, near = [], []
         for attribute, value in values.items():
-            value = value.unflatten(0, (-1, n)).masked_fill(~there.cpu(), -1)  # (G, S)
+            value = value.unflatten(0, (-1, n)).masked_fill(~there, -1)  # (G, S)
             truth = torch.from_numpy(run.world.tastes[attribute])[user.cpu()]  # (G, values)
-            near.append(1 - total_variation(value, there.sum(1).cpu(), truth))
-            pairs_differ = (value[:, :, None] != value[:, None]).double()
-            differ.append(share_of_pairs(pairs_differ, alike.cpu()))
-        found[f"variety_{m}"], found[f"taste_{m}"] = sum(differ) / len(differ), sum(near) / len(near)
+            near.append(1 - total_variation(value, there.sum(1), truth))
+            differ.append(share_of_pairs((value[:, :, None] != value[:, None]).double(), alike))
+        found[f"variety_{m}"] = torch.stack(differ).mean(0)
+        found[f"taste_{m}"] = torch.stack(near).mean(0)
         same[m] = 1 - differ[0]  # chance that two samples show the same setting
     found["consistency_bound"] = (same["image"] * same["text"]).sqrt()
     return found
 
 
-def total_variation(value: Tensor, count: Tensor, truth: Tensor) -> Tensor:
-    """Half the absolute difference between the shares of value (G, S), -1 none, among count (G,)
-    samples and truth (G, V) -> (G,) in [0, 1]."""
-    share = F.one_hot(value + 1, truth.shape[1] + 1)[:, :, 1:].sum(1) / count[:, None]  # (G, V)
-    return ((share - truth).abs().sum(1) + 1 - share.sum(1)) / 2
-
-
 def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
-    """`spread` of many samples for users (G,), made for prompts of their test items; real: their
-    likes."""
+    """`spread` of samples for users (G,), for prompts of their test items; real: their likes."""
     n, generator = run.train.samples, run.generator("many samples")
     if variant == "real":  # the judge sees what is new to it, the referee everything
         likes = liked_by(run, user, run.pairs())
@@ -932,6 +887,13 @@ def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
     return spread(run, user, item, make_for(run, variant, who, item.flatten(), generator))
 
 
+def some_users(run: Run, what: str, n: int) -> Tensor:
+    """At most n users of the test part, at random."""
+    users = run.pairs(TEST)[0].unique()
+    few = torch.randperm(len(users), generator=run.generator(what, device="cpu"))[:n]
+    return users[few.to(run.device)]
+
+
 def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Every measure of a variant: its values, and the user of each. best_of, which draws several
     samples for each that it keeps, gets as many fewer pairs and users: the same cost."""
@@ -939,13 +901,49 @@ def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]
     pairs = draw_pairs(run, TEST, run.train.pairs)
     pairs = Pairs(*(x[:math.ceil(len(x) / cost)] for x in pairs))
     made = make(run, variant, pairs, run.generator("evaluation"))
-    found = {n: (v, made.pairs.user) for n, v in measures(run, made, run.pairs(VALID, TEST)).items()}
-    chance = torch.Generator().manual_seed(run.seed("sampled users"))
-    users = run.pairs(TEST)[0].unique()
-    few = torch.randperm(len(users), generator=chance)[:math.ceil(run.train.sampled_users / cost)]
-    users = users[few.to(run.device)]
-    found |= {n: (v.double(), users) for n, v in many_samples(run, variant, users).items()}
-    return found | {"frechet_image": (embed(run.modules["judge"], made.own)["image"], made.pairs.user)}
+    found = measures(run, made, run.pairs(VALID, TEST))
+    found["frechet_image"] = embed(run.modules["judge"], made.own)["image"]
+    found = {name: (values, made.pairs.user) for name, values in found.items()}
+    users = some_users(run, "sampled users", math.ceil(run.train.sampled_users / cost))
+    for name, values in many_samples(run, variant, users).items():
+        found[name] = values.double(), users
+    return found
+
+
+def summarize(name: str, values: Tensor, user: Tensor) -> dict[str, float]:
+    """Mean and 95 % interval, users as clusters: Wilson's for what lies in [0, 1]."""
+    return (interval if "judge_variety" in name else share_interval)(values, user)
+
+
+def quality_for(run: Run, user: Tensor, item: Tensor) -> dict[str, dict]:
+    """Stickers: how good is what is made for users (B,) and the prompts of items (B,)."""
+    if not run.world:
+        return {}
+    content = make_for(run, "after_reward", user, item, run.generator("new users"))
+    found = exact_measures(run, user, item, content)
+    names = ("consistency", "utility_image", "utility_text")
+    return {name: summarize(name, found[name], user) for name in names}
+
+
+def evaluate_new_users(run: Run) -> dict[str, dict]:
+    """Users kept out of all training, folded in from their first k interactions: recall@20 and, on
+    stickers, what is generated for the prompts of their test items; beside users in training."""
+    model, (user, item), test = run.model, run.new["history"], run.new["test"]
+    if not test.shape[1]:
+        return {}
+    first = torch.searchsorted(user.contiguous(), user.contiguous())  # of the same user
+    nth = torch.arange(len(user), device=run.device) - first
+    some, found = test[:, ::math.ceil(test.shape[1] / run.train.pairs)], {}
+    with torch.no_grad():
+        items = {m: rows for m, (_, rows) in model.gnn(model.graph).items()}
+    for name, k in {"1": 1, "2": 2, "5": 5, "10": 10, "whole history": len(user)}.items():
+        p = model.gnn.fold_in(model.graph, user[nth < k], item[nth < k], len(run.data.user_ids))
+        model.update_preferences(p, test[0].unique())  # the last is what `generate` will know
+        recall = rank(run, {m: (p[m], items[m]) for m in MODALITIES}, test)
+        found[name] = recall | quality_for(run, *some)
+    pairs = draw_pairs(run, TEST, some.shape[1])
+    stage1 = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
+    return found | {"in training": stage1 | quality_for(run, pairs.user, pairs.item)}
 
 
 def evaluate(run: Run) -> str:
@@ -956,216 +954,36 @@ def evaluate(run: Run) -> str:
     rows = draw(len(likes), run.train.pairs, run.generator("frechet"))
     reference = embed(run.modules["judge"], contents(run, likes[rows]))["image"]
     for variant, values in found.items():
-        frechet = values.pop("frechet_image")
+        emb, user = values.pop("frechet_image")
         generation[variant] = {name: summarize(name, *pair) for name, pair in values.items()}
-        if len(frechet[0]) >= 20:  # else a tenth left out is next to nothing
-            generation[variant]["frechet_image"] = frechet_interval(frechet[0], reference, frechet[1])
-    before, after = found["before_reward"], found["after_reward"]
+        if len(emb) >= 20:  # else a tenth left out is next to nothing
+            generation[variant]["frechet_image"] = frechet_interval(emb, reference, user)
+    after = found["after_reward"]
     run.metrics["generation"] = generation
-    run.metrics["differences"] = {n: interval(after[n][0] - v, user) for n, (v, user) in before.items()}
+    run.metrics["differences"] = {name: interval(after[name][0] - values, user)
+                                  for name, (values, user) in found["before_reward"].items()}
     run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
-    was, now = (generation[variant][name]["mean"] for variant in ("before_reward", "after_reward"))
+    was, now = (generation[variant][name]["mean"] for variant in VARIANTS[2:4])
     return f"{name} {was:.3f} before, {now:.3f} after"
-
-
-def summarize(name: str, values: Tensor, user: Tensor) -> dict[str, float]:
-    """Mean and 95 % interval, users as clusters: Wilson's for what lies in [0, 1]."""
-    return (interval if "judge_variety" in name else share_interval)(values, user)
-
-
-def evaluate_new_users(run: Run) -> dict[str, dict]:
-    """Users kept out of all training, folded in from their first k interactions: recall@20 and, on
-    stickers, what is generated for the prompts of their test items; beside users in training."""
-    model, (history, test) = run.model, (run.new[name] for name in ("history", "test"))
-    if not test.shape[1]:
-        return {}
-    first = torch.searchsorted(history[0].contiguous(), history[0].contiguous())
-    nth = torch.arange(history.shape[1], device=run.device) - first  # of its user's; users ascend
-    some, found = test[:, ::math.ceil(test.shape[1] / run.train.pairs)], {}
-    with torch.no_grad():
-        items = {m: rows for m, (_, rows) in model.gnn(model.graph).items()}
-
-    def made_for(user: Tensor, item: Tensor) -> dict[str, dict]:
-        if not run.world:
-            return {}
-        content = make_for(run, "after_reward", user, item, run.generator("new users"))
-        values = exact_measures(run, user, item, content)
-        return {n: summarize(n, v, user) for n, v in values.items() if n[:4] in ("util", "cons")}
-    for name, k in {"1": 1, "2": 2, "5": 5, "10": 10, "whole history": history.shape[1]}.items():
-        p = model.gnn.fold_in(model.graph, *history[:, nth < k], len(run.data.user_ids))
-        model.update_preferences(p, test[0].unique())  # the last is what `generate` will know
-        found[name] = rank(run, {m: (p[m], items[m]) for m in MODALITIES}, test) | made_for(*some)
-    pairs = draw_pairs(run, TEST, some.shape[1])
-    stage1 = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
-    return found | {"in training": stage1 | made_for(pairs.user, pairs.item)}
-
-
-# ---- report: one file with all that a person wants to look at -----------------------------------
-
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>
-<meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:1em auto;padding:0 1em;color:#222}}
-table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{padding:.1em .5em;text-align:left}}
-svg{{max-width:100%}}img{{width:64px;height:64px;image-rendering:pixelated;display:block}}
-figure{{display:inline-block;width:7em;margin:.3em;vertical-align:top}}
-figcaption{{font-size:12px;overflow-wrap:anywhere}}</style><h1>{title}</h1>{body}</html>"""
-INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
-
-
-class Html(str):
-    """Text that is escaped already."""
-
-
-def picture(x: Tensor, text: str) -> Html:
-    """<figure> of (3, H, W) in [-1, 1] with escaped words below."""
-    data, words = io.BytesIO(), html.escape(text)
-    to_picture(x).save(data, "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return Html(f'<figure><img alt="" src="{source}"><figcaption>{words}</figcaption></figure>')
-
-
-def pictures(run: Run, content: Content) -> list[Html]:
-    """A figure for each picture with its text."""
-    return list(map(picture, content.images, run.model.tokenizer.decode_batch(content.tokens)))
-
-
-def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """Inline SVG of curves [(x, y)], with their range and last values; nothing below two points."""
-    points = [p for line in series.values() for p in line if math.isfinite(p[1])]
-    if len(points) < 2:
-        return ""
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    labels = [(34, 12, title), (0, 24, f"{y1:.3g}"), (0, 120, f"{y0:.3g}"), (250, 134, f"step {x1:,}")]
-    body = ['<path d="M34 20V120H284" stroke="#999" fill="none"/>']
-    for n, (name, line) in enumerate(series.items()):
-        places = [(34 + 250 * (x - x0) / ((x1 - x0) or 1), 120 - 100 * (y - y0) / ((y1 - y0) or 1))
-                  for x, y in line if math.isfinite(y)]
-        path, ink = " ".join(f"{x:.1f},{y:.1f}" for x, y in places), INKS[n % len(INKS)]
-        body.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="1.5"/>')
-        body.append(f'<path d="M292 {22 + 15 * n}h10" stroke="{ink}" stroke-width="3"/>')
-        labels.append((306, 26 + 15 * n, f"{name} {line[-1][1]:.3g}"))
-    body += [f'<text x="{x}" y="{y}">{html.escape(words)}</text>' for x, y, words in labels]
-    return f'<svg width="500" height="140" viewBox="0 0 500 140" font-size="11">{"".join(body)}</svg>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """<table>, all escaped but figures; intervals {"mean", "low", "high"} in brackets."""
-    def cell(v):
-        if isinstance(v, dict):
-            v = f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-        v = f"{v:.3f}" if isinstance(v, float) else v
-        return f"<td>{v if isinstance(v, Html) else html.escape(str(v))}</td>"
-    heads = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><tr>{heads}</tr>{body}</table>"
-
-
-def report_numbers(run: Run) -> str:
-    """The tables of metrics.json."""
-    m, variants = run.metrics, run.metrics["generation"]
-    rows = [[name, *(v.get(name, "") for v in variants.values()), m["differences"].get(name, "")]
-            for name in variants["after_reward"]]
-    body = "<h2>What was measured</h2><p>On the test part; 95 % intervals in brackets. Picture and text "
-    body += "are made apart, so they agree at most as often as consistency_bound, unless the best pair of "
-    body += "several is kept; where consistency_repaired is as high, they agree by habit.</p>"
-    body += table(["", *variants, "after less before"], rows)
-    body += table(["stage 1, test part", ""], list(m["stage1"].items()))
-    levels = [(name, n, h) for name, h in m["codebook"].items() for n in range(len(h["usage"]))]
-    body += table(["codebook", "level", "usage", "perplexity", "explained", "collisions"],
-                  [[name, n + 1, h["usage"][n], h["perplexity"][n], h["explained"], h["collision_rate"]]
-                   for name, n, h in levels])
-    for title, found in (("new users, history of", m["new_users"]), ("stage", run.seconds)):
-        rows = [[name, *(row.values() if isinstance(row, dict) else row)] for name, row in found.items()]
-        heads = list(m["new_users"]["in training"]) if found is m["new_users"] and found else ["s", "CPU s"]
-        body += table([title, *heads], rows)
-    return body
-
-
-def report_curves(run: Run) -> str:
-    """Reward and measures over the rounds, and the losses of the stages."""
-    lines: dict[str, dict[str, list]] = {}
-    for stage, step, name, value in run.log:
-        lines.setdefault(stage, {}).setdefault(name, []).append((step, value))
-    reward, body = lines.pop("reward", {}), "<h2>Reward</h2>"
-    for word in ("consistency", "s_", "kl_", "utility", "prompt", "swap"):
-        body += curves("over the rounds", {n: line for n, line in reward.items() if word in n})
-    return body + "<h2>Losses</h2>" + "".join(curves(stage, of) for stage, of in lines.items())
-
-
-def report_codes(run: Run) -> str:
-    """What each code of the first level means: what its users like most above average."""
-    if run.world:
-        words = [{f"{a} {v}" for a, v in values_of(row).items()} for row in run.world.items]
-    else:
-        texts = [f"{text} {' '.join(p)}" for text, p in zip(run.data.texts, run.data.prompts)]
-        words = [set(re.findall(r"\w+", text.casefold())) for text in texts]
-    common = Counter(word for has in words for word in has)
-    names = sorted(word for word, n in common.items() if n >= max(2, len(words) // 200))
-    traits = torch.tensor([[word in has for word in names] for has in words]).float()  # (I, W)
-    users, rows = run.users[:2000], []
-    liked = liked_by(run, users, run.liked).cpu().float()  # (U, I)
-    shares = liked @ traits / liked.sum(1, keepdim=True)  # (U, W)
-    for m, taste in run.model.modality.items():
-        lift = code_lift(taste.tokens[users, 0].cpu(), shares, run.cfg.vq.codes)  # (K, W)
-        for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):
-            best = [f"{names[i]} (+{v:.1f})" for v, i in zip(value, place.tolist()) if v > 1]
-            rows.append([m, code, ", ".join(best)])
-    head = ["modality", "code", "liked above average (standard errors)"]
-    return f"<h2>What each code of the first level means</h2>{table(head, rows)}"
-
-
-def report_grid(run: Run, users: Tensor, items: Tensor) -> str:
-    """Users x prompts: one sees the taste along a row and the prompt down a column."""
-    who, n = users.repeat_interleave(len(items)), len(items)
-    own = pictures(run, make_for(run, "after_reward", who, items.repeat(len(users)), run.generator("grid")))
-    rows = [[run.data.user_ids[u], *own[k * n:(k + 1) * n]] for k, u in enumerate(users.tolist())]
-    head = ["", *(", ".join(run.data.prompts[i])[:40] for i in items.tolist())]
-    return f"<h2>One row a user, one column a prompt, after the reward</h2>{table(head, rows)}"
-
-
-def report_user(run: Run, user: Tensor, items: Tensor) -> str:
-    """What a user likes, the tokens, and what was generated before and after the reward."""
-    liked = run.liked[1, run.liked[0] == user][:8].cpu()
-    likes = map(picture, to_float(run.data.images[liked]), (run.data.texts[i] for i in liked.tolist()))
-    tokens = [f"{m} {' '.join(map(str, k.tolist()))}" for m, k in run.model.user_tokens(user).items()]
-    body = f"<h3>{html.escape(run.data.user_ids[user])}: {', '.join(tokens)}</h3><p>Likes:</p>{''.join(likes)}"
-    for variant in VARIANTS[2:]:
-        made = make_for(run, variant, user.expand(len(items)), items, run.generator(f"report {user}"))
-        body += f"<p>Made, {variant.replace('_', ' ')}:</p>{''.join(pictures(run, made))}"
-    return body
-
-
-def write_report(run: Run):
-    """report.html: self-contained; every word from the data is escaped."""
-    data, common = run.data, run.topic.bincount().argsort(descending=True, stable=True)[:8, None]
-    items = (run.topic == common).int().argmax(1)  # an item for each of the commonest prompts
-    items = items if len(items) > 1 else items.expand(8)
-    chance = torch.Generator().manual_seed(run.seed("report"))
-    users = run.pairs(TEST)[0].unique()
-    users = users[torch.randperm(len(users), generator=chance)[:8].to(run.device)]
-    size = f"seed {run.cfg.method.seed}, {len(data.user_ids):,} users, {len(data.item_ids):,} items"
-    body = [f"<p>{size}</p>", report_grid(run, users, items), report_numbers(run), report_curves(run),
-            report_codes(run), "<h2>Some users</h2>", *(report_user(run, u, items[:3]) for u in users)]
-    page = PAGE.format(title=f"DPPMG on {html.escape(data.name)}", body="".join(body))
-    with replacing(run.out / "report.html") as path:
-        path.write_text(page, encoding="utf-8", errors="replace")
 
 
 # ---- running the stages --------------------------------------------------------------------------
 
+def write_report(run: Run) -> str:
+    """report.html, the page for people, as tests/report.py draws it."""
+    from tests.report import page  # which imports this file
+    path = run.out / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page(run), encoding="utf-8", errors="replace")
+    return str(path)
+
+
 STAGES: dict[str, Callable[[Run], str]] = {
     "autoencoder": train_autoencoder, "features": fit_features, "gnn": train_gnn,
     "codebook": train_codebook, "text": train_text, "image": train_image, "scorer": train_scorer,
-    "judge": train_scorer, "referee": train_referee, "reward": train_reward, "evaluation": evaluate}
-
-
-def say(line: str):
-    """Print a line. A reader who has gone away (`| head`) does not end a run."""
-    try:
-        tqdm.write(line)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    "judge": train_scorer, "referee": train_referee, "reward": train_reward,
+    "evaluation": evaluate, "report": write_report}
 
 
 def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
@@ -1175,11 +993,11 @@ def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
             continue
         if run.stage != stage:
             run.stage, run.step, run.optimizer_state = stage, 0, None
-        with run.timed(stage):
-            merit = STAGES[stage](run)
-            run.done.append(stage)
-        say(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
+        run.clock = clocks()
+        merit = STAGES[stage](run)
+        run.done.append(stage)
         run.save()
+        say(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
 
 
 def peak_memory_mb() -> int | None:
@@ -1200,16 +1018,14 @@ def write_json(path: Path, values: dict):
 
 
 def finish(run: Run):
-    """Report and metrics.json: with the latter a run is finished."""
-    with run.timed("report"):
-        write_report(run)
-    wall, cpu = ({stage: round(t[k], 2) for stage, t in run.seconds.items()} for k in (0, 1))
-    wall["total"], cpu["total"] = (round(sum(times.values()), 2) for times in (wall, cpu))
+    """metrics.json: with it a run is finished."""
     found = {"dataset": run.data.name, "seed": run.cfg.method.seed, "device": str(run.device),
-             "threads": torch.get_num_threads(), "seconds": wall, "cpu_seconds": cpu,
-             "peak_memory_mb": peak_memory_mb()}
+             "threads": torch.get_num_threads(), "peak_memory_mb": peak_memory_mb()}
+    for k, name in enumerate(("seconds", "cpu_seconds")):
+        spent = {stage: round(both[k], 2) for stage, both in run.seconds.items()}
+        found[name] = spent | {"total": round(sum(spent.values()), 2)}
     write_json(run.out / "metrics.json", found | run.metrics)
-    say(f"{'total':12} {wall['total']:7.1f} s   {run.out / 'report.html'}")
+    say(f"{'total':12} {found['seconds']['total']:7.1f} s")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1230,47 +1046,49 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """Arguments, and the settings that were given: group -> name -> value."""
     parser = OneLineParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="data folder, in dppmg.py's format; none: stickers")
-    parser.add_argument("--out", help="folder of the run (the first of runs/NAME, NAME-2 ... that is free)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out as it was begun")
+    parser.add_argument("--out", help="folder of the run (the first free of runs/NAME, NAME-2 ...)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
-    parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda if there is one)")
     groups = {name: parser.add_argument_group(name) for name in PARTS}
     for group, name, field, text in settings(PARTS):
-        kind = type(field.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "N"}
-        groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}", **how,
-                                   help=f"{text} ({field.default})".replace("%", "%%"))
+        kind, text = type(field.default), f"{text} ({field.default})".replace("%", "%%")
+        how = {"type": kind, "metavar": "N"}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}",
+                                   default=argparse.SUPPRESS, help=text, **how)
     args, given = parser.parse_args(argv), {group: {} for group in PARTS}
-    for key, value in vars(args).items():
-        group, _, name = key.partition(".")
-        if name and value is not None:
-            given[group][name] = value
+    for key in [key for key in vars(args) if "." in key]:
+        group, name = key.split(".")
+        given[group][name] = getattr(args, key)
     return args, given
 
 
+def build(values: dict[str, dict]) -> tuple[Config, TrainConfig]:
+    """Settings by group and name, the default where none is given. ValueError on a wrong one."""
+    parts = {name: part(**values[name]) for name, part in PARTS.items()}
+    train = parts.pop("train")
+    return Config(**parts), train
+
+
 def read_config(out: Path | None) -> dict:
-    """config.json of the run in a folder; {} for no folder, or an empty one. ValueError on all
-    else."""
+    """config.json of the run in a folder; {} for no folder, or an empty one. Else ValueError."""
     if out is None or not out.exists() or out.is_dir() and not any(out.iterdir()):
         return {}
     if not (out / "config.json").exists():
-        raise ValueError(f"--out {out}: exists and is not a run; choose another")
+        raise ValueError(f"--out {out}: exists and is not a run; choose another --out")
     try:
         there = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        whole = {name: asdict(part(**there["settings"][name])) for name, part in PARTS.items()}
-        if whole != there["settings"]:
-            raise KeyError("a setting is missing")
-        whole.pop("train")
-        Config.from_dict(whole)
+        build(there["settings"])
         return {key: there[key] for key in ("settings", "data", "fingerprint", "machine")}
-    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"not the settings of a run ({type(error).__name__})"
         raise ValueError(f"{out}/config.json: {what}; choose another --out") from None
 
 
 def new_folder(name: str) -> Path:
-    """runs/NAME, or NAME-2 and so on: made while it is chosen, so that no other process chooses
-    it."""
+    """runs/NAME, or NAME-2 and so on: made while it is chosen, so that no other process does."""
     for n in range(1, 10**6):
         out = Path("runs") / (name if n == 1 else f"{name}-{n}")
         with contextlib.suppress(FileExistsError):
@@ -1278,26 +1096,34 @@ def new_folder(name: str) -> Path:
             return out
 
 
+def is_running(process: str) -> bool:
+    """Whether there is a process of that number; on Windows, where asking would end it: yes."""
+    try:
+        return os.name == "nt" or os.kill(int(process), 0) is None
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
 def lock(out: Path):
     """Claim a folder for this process until it ends. ValueError where another one trains in it."""
-    path = out / "lock"
+    path, mine = out / "lock", str(os.getpid())
+    if path.exists() and not is_running(path.read_text()):
+        path.unlink()
     try:
-        owner = int(path.read_text())
-        if os.name != "nt":  # where asking would end the process
-            os.kill(owner, 0)
-    except (OSError, ValueError):  # no lock, or of a process that is no more
-        owner = os.getpid()
-    if owner != os.getpid():
-        raise ValueError(f"--out {out}: process {owner} trains in it; wait, or choose another --out")
-    path.unlink(missing_ok=True)
-    with open(path, "x") as file:  # fails if another process was quicker
-        file.write(str(os.getpid()))
+        with open(path, "x") as file:  # fails if another process was quicker
+            file.write(mine)
+    except FileExistsError:
+        if (owner := path.read_text()) != mine:
+            what = f"process {owner} trains in it; wait, or choose another"
+            raise ValueError(f"--out {out}: {what} (if none does, remove {path})") from None
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the last bits of a run depend on, beside its settings and data."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": str(device),
-            "numpy": np.__version__, "threads": torch.get_num_threads()}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
+            "numpy": np.__version__, "device": str(device), "threads": torch.get_num_threads()}
 
 
 def check_same(out: Path | None, config: dict, there: dict):
@@ -1305,19 +1131,21 @@ def check_same(out: Path | None, config: dict, there: dict):
     data may have moved: its content counts."""
     if not there:
         return
-    mine, theirs = ({flag_of(group, name): value for group, part in x["settings"].items()
-                     for name, value in part.items()} | {"--data": x["data"] is None} for x in (config, there))
-    differ = [flag for flag, value in mine.items() if theirs.get(flag) != value]
+    begun = there["settings"]
+    differ = [flag_of(group, name) for group, part in config["settings"].items()
+              for name, value in part.items() if begun[group].get(name) != value]
+    if (config["data"] is None) != (there["data"] is None):
+        differ.append("--data")
+    if None not in (config["fingerprint"], there["fingerprint"]):
+        differ += ["content of the data"] * (config["fingerprint"] != there["fingerprint"])
     if differ:
-        what = f"holds a run with other settings ({', '.join(differ[:5])})"
+        what = f"was begun with another {', '.join(differ[:5])}"
         raise ValueError(f"--out {out}: {what}; choose another --out")
-    if len({config["fingerprint"], there["fingerprint"]} - {None}) > 1:
-        raise ValueError(f"--out {out}: the data has changed since this run began; choose another --out")
 
 
 def claim(out: Path, config: dict):
-    """Make the folder this process's own, try whether there is space for what the end needs,
-    remove what a killed run left half-written, and write config.json."""
+    """Make the folder this process's own, try whether there is space for what the end needs, remove
+    what a killed run left half-written, and write config.json."""
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if (free := shutil.disk_usage(out).free / 2**20) < 200:
@@ -1338,25 +1166,26 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     if there and (out / "metrics.json").exists():
         raise ValueError(f"--out {out}: this run is finished; choose another")
     base = there["settings"] if args.resume else SMOKE if args.smoke else {}
-    parts = {name: part(**base.get(name, {}) | given[name]) for name, part in PARTS.items()}
-    config = {"settings": {name: asdict(part) for name, part in parts.items()}, "fingerprint": None,
-              "data": os.path.abspath(args.data) if args.data else there["data"] if args.resume else None}
-    train, device = parts.pop("train"), pick_device(args.device)
-    cfg, folder, world = Config(**parts), config["data"], None
+    cfg, train = build({name: base.get(name, {}) | given[name] for name in PARTS})
+    device, folder = pick_device(args.device), there["data"] if args.resume else None
+    folder, world = os.path.abspath(args.data) if args.data else folder, None
+    config = {"settings": asdict(cfg) | {"train": asdict(train)}, "data": folder,
+              "fingerprint": None, "machine": machine(device)}
     check_same(out, config, there)
     if folder is None:
         out = out or new_folder("smoke" if args.smoke else "stickers")
         folder, world = out / "stickers", sticker_world(train, cfg.method.seed)
         if not (folder / "interactions.csv").exists():
-            claim(out, config | {"machine": machine(device)})  # first: what is killed now can be resumed
+            claim(out, config)  # first: what is killed now can be resumed
             write_stickers(folder, world, cfg.method.seed)
     data = Dataset.load(folder, cfg.image.size, cfg.method.seed, train.min_rating or None,
                         train.drop_incomplete)
-    config |= {"fingerprint": data.fingerprint(), "machine": machine(device)}
+    config["fingerprint"] = data.fingerprint()
     check_same(out, config, there)
     if there and there["machine"] != config["machine"]:
         data.notices.append(f"begun on {there['machine']}: the last bits may differ here")
-    run = Run(cfg, train, data, world, out or new_folder(data.name), device)
+    run = Run(cfg, train, data, world, out, device)
+    run.out = out or new_folder(data.name)  # only now, when there is enough data for a run
     claim(run.out, config)
     return run
 
@@ -1365,19 +1194,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 diverged; 2 a user's mistake; 130 interrupted."""
     forgive_terminals()
     args, given = parse_arguments(argv)
-    run = None
+    run, start = None, clocks()
 
     def interrupt(*_):
-        if run and run.busy and not run.interrupted:
-            run.interrupted = True  # fit saves after its step and raises KeyboardInterrupt
-        else:
+        if run is None or not run.busy or run.interrupted:
             raise KeyboardInterrupt
+        run.interrupted = True  # `fit` saves after its step, and raises then
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        start = time.perf_counter(), time.process_time()
         run = open_run(args, given)
-        run.seconds["data"] = [time.perf_counter() - start[0], time.process_time() - start[1]]
+        run.seconds["data"] = (clocks() - start).tolist()
         run.restore()
         for notice in run.data.notices:
             say(f"note: {notice}")
@@ -1387,9 +1214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         go_on = f"; go on with: python train.py --resume --out {run.out}" if run else ""
         print(f"interrupted{go_on}", file=sys.stderr)
         return 130
-    except (Diverged, ValueError, OSError) as error:
+    except (FloatingPointError, ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     finally:
         if run:
             (run.out / "lock").unlink(missing_ok=True)

@@ -10,12 +10,11 @@ from conftest import ROOT
 BUDGET = {      # code lines and thousand characters of them: DESIGN.md, section 2
     "gnn": (245, 15), "vq": (175, 11), "generators": (430, 25), "reward": (260, 16),
     # not there yet: 480 lines and 28 thousand characters, 710 and 43; until then they may only shrink
-    "dppmg": (622, 35.5), "train": (1012, 61)}
+    "dppmg": (622, 35.5), "train": (876, 50.8)}
 MODULES = tuple(BUDGET)
 PARTS = MODULES[:4]
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tqdm", "pytest"}
 FREE = {"self", "cls", "run", "graph", "decoder", "denoiser", "judge", "optimizer", "cfg"}     # a network, its config
-each_part = pytest.mark.parametrize("module", MODULES[:5])
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
@@ -44,7 +43,8 @@ def imported(tree):
 @each_module
 def test_imports_point_one_way_and_to_six_packages(module):
     own = set(imported(parse(module)[1])) - PACKAGES - set(sys.stdlib_module_names) - {"__future__"}
-    allowed = {"dppmg": set(PARTS), "train": {*PARTS, "dppmg"}}.get(module, set())
+    # tests/report.py draws train.py's report
+    allowed = {"dppmg": set(PARTS), "train": {*PARTS, "dppmg", "tests"}}.get(module, set())
     assert own <= allowed, f"{module}.py imports {own - allowed}"
 
 
@@ -58,7 +58,7 @@ def test_files_keep_to_their_budgets(module):
     assert size[0] <= most[0] and size[1] <= most[1], f"{module}.py: {size[0]} code lines, {size[1]:.1f} thousand characters"
 
 
-@each_part      # train.py is not there yet
+@each_module
 def test_no_line_is_wider_than_100_characters(module):
     wide = [n for n, line in enumerate(parse(module)[0].split("\n"), 1) if len(line) > 100]
     assert not wide, f"{module}.py: lines {wide}"
@@ -75,7 +75,7 @@ def test_functions_are_short_and_take_few_parameters(module):
         assert len(own) <= most, f"{module}.py:{node.lineno} {node.name} takes {own}"
 
 
-@each_part      # train.py is not there yet
+@each_module
 def test_nothing_is_used_above_its_definition(module):
     _, tree = parse(module)
     defined = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
