@@ -149,14 +149,14 @@ class Tokenizer:
         return b"".join(self.pieces[token] for token in text).decode(errors="replace")
 
     def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tensor, int]:
-        """Tokens (B, T) int64 of texts: text, EOS, PAD ...; and the number of texts that were cut.
+        """Tokens (B, T) int64 of texts: text, EOS, PAD ...; and how many the longest text has, whole.
         T is the longest row, at most `length`. A text that is cut has no EOS: the decoder must not
         learn to stop in the middle of it."""
         rows = [self.encode(text) + [EOS] for text in texts]
-        n_cut = sum(len(row) > length for row in rows)
-        width = min(length, max(map(len, rows), default=0))
+        longest = max(map(len, rows), default=0)
+        width = min(length, longest)
         padded = [row[:width] + [PAD] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), width), n_cut
+        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), width), longest
 
     def decode_batch(self, tokens: Tensor) -> list[str]:
         """Texts of tokens (B, T), each up to its EOS."""

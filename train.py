@@ -315,9 +315,11 @@ class Run:
                              "learn from (need 4): need more interactions")
         self.modules = self._networks()
         self.model = self.modules["model"].to(device)  # its graph, too
-        tokens, n_cut = self.model.tokenizer.encode_batch(data.texts, cfg.text.context)
-        if n_cut:
-            data.notices.append(f"{n_cut} texts cut to {cfg.text.context} tokens: --text-context")
+        context = cfg.text.context
+        tokens, longest = self.model.tokenizer.encode_batch(data.texts, context)
+        if longest > context:
+            what = f"texts cut to {context} tokens; --text-context {longest} keeps the longest whole"
+            data.notices.append(what)
         self.tokens, self.images = tokens.to(device), data.images.to(device)
         self.prompt = self.model.catalogue.encode_prompts(data.prompts).to(device)
         self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)
@@ -434,11 +436,7 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
     params = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
     if run.optimizer_state:
-        try:
-            optimizer.load_state_dict(run.optimizer_state)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{run.out / 'checkpoint.pt'}: its optimizer does not fit stage "
-                                  f"{run.stage} ({type(error).__name__})") from None
+        optimizer.load_state_dict(run.optimizer_state)
         run.optimizer_state = None
     todo = range(run.step, steps)
     for step in tqdm(todo, run.stage, steps, leave=False, disable=None, initial=run.step):

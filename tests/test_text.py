@@ -128,9 +128,9 @@ def test_bytes_that_are_no_utf8_decode_to_replacement_characters():
 def test_encode_batch_pads_ends_and_cuts():
     tokenizer = Tokenizer([])
     a, b, c = (3 + ord(letter) for letter in "abc")
-    tokens, n_cut = tokenizer.encode_batch(["ab", "", "abcabc", "abc"], 4)
+    tokens, longest = tokenizer.encode_batch(["ab", "", "abcabc", "abc"], 4)
     assert tokens.tolist() == [[a, b, EOS, PAD], [EOS, PAD, PAD, PAD], [a, b, c, a], [a, b, c, EOS]]
-    assert n_cut == 1
+    assert longest == 7         # abcabc and its end, before it was cut
     assert tokens.dtype == torch.int64 and tokenizer.decode_batch(tokens) == ["ab", "", "abca", "abc"]
     assert tokenizer.encode_batch(["ab", "a"], 48)[0].shape == (2, 3)           # no wider than the longest
     assert tokenizer.encode_batch([], 48)[0].shape == (0, 0)

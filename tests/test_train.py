@@ -312,12 +312,6 @@ def test_what_is_not_finite_stops_the_run_by_name_and_the_checkpoint_stays(spare
     assert digest(spare.out) == before
 
 
-def test_an_optimizer_of_another_stage_is_refused_by_name(spare):
-    toy(spare).optimizer_state = {"state": {}, "param_groups": []}
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: its optimizer does not fit stage toy"):
-        train.fit(spare, train.adamw(spare.modules["toy"], 0.01), 1, lambda generator: {})
-
-
 def test_each_seed_stage_and_step_has_a_stream_of_its_own(run):
     other = train.Run(replace(run.cfg, method=replace(run.cfg.method, seed=1)), replace(run.train, new_users=0),
                       run.data, run.world, run.out, run.device)
