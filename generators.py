@@ -149,7 +149,7 @@ class Tokenizer:
         return b"".join(self.pieces[token] for token in text).decode(errors="replace")
 
     def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tensor, int]:
-        """Tokens (B, T) int64 of texts: text, EOS, PAD ...; and how many the longest text has, whole.
+        """Tokens (B, T) int64 of texts: text, EOS, PAD ...; and how many the longest has, uncut.
         T is the longest row, at most `length`. A text that is cut has no EOS: the decoder must not
         learn to stop in the middle of it."""
         rows = [self.encode(text) + [EOS] for text in texts]

@@ -318,8 +318,8 @@ class Run:
         context = cfg.text.context
         tokens, longest = self.model.tokenizer.encode_batch(data.texts, context)
         if longest > context:
-            what = f"texts cut to {context} tokens; --text-context {longest} keeps the longest whole"
-            data.notices.append(what)
+            cure = f"--text-context {longest} keeps the longest whole"
+            data.notices.append(f"texts cut to {context} tokens; {cure}")
         self.tokens, self.images = tokens.to(device), data.images.to(device)
         self.prompt = self.model.catalogue.encode_prompts(data.prompts).to(device)
         self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)
