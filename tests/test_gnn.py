@@ -415,6 +415,16 @@ def test_text_features_are_a_truncated_svd_of_tfidf_by_dictionaries():
     assert module(padded(new))[1].abs().max() > 0.1 and module(padded(new))[4].abs().max() == 0
 
 
+@pytest.mark.parametrize("count, more, kept", [(300, 3, True), (3000, 1, False)])
+def test_what_distinguishes_texts_hardly_more_than_rounding_is_no_feature(count, more, kept):
+    """Ten texts of two words, of which half say the first word a few times more."""
+    texts = padded(5 * [[5] * count + [6], [5] * (count + more) + [6]], width=count + more + 3)
+    module = TfidfSVD(20, 2)
+    module.fit(texts)
+    assert module(texts)[:, 0].abs().min() > 0.1
+    assert (module(texts)[:, 1] != 0).all() == kept
+
+
 def test_text_features_beyond_what_the_texts_span_are_0():
     """Seven texts span seven directions of the 20; what is new in a text lies in none of them."""
     module = TfidfSVD(20, 30)

@@ -106,11 +106,13 @@ def test_temperature_is_learnt_and_clamped():
     s, data = scorer(PLAIN), batch()
     s.loss(*data).backward()
     assert s.log_scale.grad != 0
-    values = []
-    for log_scale in (math.log(100), 50.0):
-        s.log_scale.data.fill_(log_scale)
-        values.append(s.loss(*data))
-    assert_close(values[0], values[1])
+    for end, beyond, inside in ((math.log(100), 50.0, 4.0), (0.0, -5.0, 0.5)):  # 1 / 0.01 and 1
+        values = []
+        for log_scale in (end, beyond, inside):
+            s.log_scale.data.fill_(log_scale)
+            values.append(s.loss(*data))
+        assert_close(values[0], values[1])
+        assert (values[0] - values[2]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("H", [16, 32, 64])
@@ -129,8 +131,17 @@ def test_a_large_picture_is_seen_at_32_pixels():
     assert_close(s.encode_image(doubled), s.encode_image(images))
 
 
+def test_each_convolution_halves_the_picture():
+    s, x, sides = scorer(), batch()[0], []
+    for layer in s.picture[:-2]:
+        x = layer(x)
+        sides += [x.shape[2:]] if isinstance(layer, nn.Conv2d) else []
+    assert sides == [(16, 16), (8, 8), (4, 4)]
+
+
 def test_text_padding_and_prompt_order_do_not_matter_but_text_order_does():
     s, (_, tokens, prompt) = scorer(), batch()
+    prompt[0] = torch.tensor([3, 0, 0])  # a single word
     s.token.weight.data[0] = s.word.weight.data[0] = 9.0  # whatever the padding row holds
     assert_close(s.encode_text(F.pad(tokens, (0, 4))), s.encode_text(tokens))
     assert_close(s.encode_text(tokens[:, :5]), s.encode_text(tokens))
