@@ -282,6 +282,9 @@ def read_text(text: str) -> tuple[int, int, int]:
 # ---- a run: stages that can be killed and resumed ----------------------------------------------
 
 KEPT = ("done", "stage", "step", "log", "metrics", "seconds", "tables")  # in a checkpoint
+# what to lower where memory runs out; in the other stages image-batch
+SMALLER = {"gnn": "gnn-dim", "codebook": "gnn-dim", "text": "text-batch", "reward": "reward-groups",
+           "scorer": "reward-scorer-batch", "judge": "reward-scorer-batch"}
 
 
 class Diverged(RuntimeError):
@@ -422,6 +425,8 @@ class Run:
         start = time.perf_counter(), time.process_time()
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            raise OSError(f"{stage}: lower --{SMALLER.get(stage, 'image-batch')}: {error}") from None
         finally:
             end = time.perf_counter(), time.process_time()
             spent = self.seconds.get(stage, [0.0, 0.0])
@@ -466,8 +471,7 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
             raise CheckpointError(f"{run.out / 'checkpoint.pt'}: its optimizer does not fit stage "
                                   f"{run.stage} ({type(error).__name__})") from None
         run.optimizer_state = None
-    quiet = not sys.stderr.isatty()
-    for step in tqdm(range(first, steps), run.stage, steps, False, initial=first, disable=quiet):
+    for step in tqdm(range(first, steps), run.stage, steps, False, initial=first, disable=None):
         run.busy, log = True, (step + 1) % max(1, steps // 50) == 0 or step + 1 == steps
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step / steps)
@@ -717,9 +721,7 @@ def train_reward(run: Run) -> str:
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
             watch(run)
 
-    def schedule(x):
-        return ramp(x, warm=0.1, hold=0.7)
-    fit(run, optimizer, cfg.rounds, losses, schedule, after, clip=math.inf)
+    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, math.inf)
     model.requires_grad_(True)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
@@ -856,8 +858,7 @@ def judge_measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     judge, (user, item, _) = run.modules["judge"], made.pairs
     if len(user) < 2:
         return {}
-    rows = torch.arange(len(run.topic), device=run.device)
-    items = {"image": in_batches(lambda i: judge.encode_image(to_float(run.images[i])), rows),
+    items = {"image": in_batches(lambda x: judge.encode_image(to_float(x)), run.images),
              "text": in_batches(judge.encode_text, run.tokens)}
     tastes = {m: taste_without(emb, *likes, user, item) for m, emb in items.items()}
     found = judge_pairs(judge, made.own, made.other, made.again, tastes)
@@ -880,7 +881,7 @@ def measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     found |= judge_measures(run, made, likes)
     learnt = {run.data.texts[i] for i in run.seen.tolist()}
     found["copied"] = torch.tensor([text in learnt for text in texts])
-    found, none = {n: v.double().cpu() for n, v in found.items()}, (made.again == 0).all(1).cpu()
+    found, none = {n: v.cpu().double() for n, v in found.items()}, (made.again == 0).all(1).cpu()
     return {n: v.masked_fill(none, math.nan) if "repaired" in n else v for n, v in found.items()}
 
 
@@ -926,7 +927,7 @@ def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
         fresh, whole = (choose(mask, n, generator) for mask in (likes & run.fresh, likes))
         judged, read = (spread(run, user, x, contents(run, x.flatten())) for x in (fresh, whole))
         return read | {name: value for name, value in judged.items() if "judge" in name}
-    likes = liked_by(run, user, run.pairs(TEST)).double()
+    likes = liked_by(run, user, run.pairs(TEST)).float()
     item = likes.multinomial(n, replacement=True, generator=generator)  # (G, S)
     who = user.repeat_interleave(n)
     return spread(run, user, item, make_for(run, variant, who, item.flatten(), generator))
@@ -944,7 +945,7 @@ def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]
     users = run.pairs(TEST)[0].unique()
     few = torch.randperm(len(users), generator=chance)[:math.ceil(run.train.sampled_users / cost)]
     users = users[few.to(run.device)]
-    found |= {n: (v.double(), users) for n, v in many_samples(run, variant, users).items()}
+    found |= {n: (v, users) for n, v in many_samples(run, variant, users).items()}
     return found | {"frechet_image": (embed(run.modules["judge"], made.own)["image"], made.pairs.user)}
 
 
@@ -1387,7 +1388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         go_on = f"; go on with: python train.py --resume --out {run.out}" if run else ""
         print(f"interrupted{go_on}", file=sys.stderr)
         return 130
-    except (Diverged, ValueError, OSError) as error:
+    except (Diverged, ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
     finally:
