@@ -9,10 +9,11 @@ profile     where a round of the reward and a step of the codebook spend their t
 
 Prints a table and writes a JSON (--out); the exit status is the number of checks that failed. Ten minutes at most on a GPU.
 Without one it says so and runs the same code on the CPU, small (--quick): then its seconds tell nothing about a GPU.
---paper: instead, how long it would take on a GPU, estimated from the FLOPs, kernels and bytes of each stage's step."""
+tests/count_flops.py estimates, from the same steps, what a GPU would take."""
 import argparse
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import re
@@ -38,19 +39,16 @@ import gnn  # noqa: E402
 import train  # noqa: E402
 from kill_resume import differences  # noqa: E402
 
-LIMIT = 600                     # seconds that all may take
+LIMIT = 600                     # seconds that all may take on a GPU
 TARGET = {"stickers, all": 30, "stickers, training": 10, "MovieLens-1M's size, all": 120, "memory, GB": 4}   # one H100-class card
 STEPS = [x for name in ("gnn", "vq", "text", "image", "image-ae", "reward-scorer", "referee") for x in (f"--{name}-steps", "4")]
 QUICK = ("--smoke --items 48 --users 12 --interactions 10 --pairs 20 --sampled-users 2 --samples 3 --referee-pictures 32 "
-         "--new-users 0.2 --reward-rounds 2").split() + STEPS
+         "--new-users 0.2 --reward-rounds 2 --image-sampling-steps 2").split() + STEPS
 FEW = "--items 160 --users 64 --interactions 12 --referee-pictures 256".split()       # data for steps of full-size networks
 LARGE = ("--text-width 768 --text-layers 16 --text-heads 12 --text-batch 16 "
          "--image-size 64 --image-width 512 --image-layers 2 --image-heads 8 --image-batch 16").split()
 MOVIELENS = "--items 3700 --users 6040 --interactions 165".split()
-# assumed of a card by --paper: FLOP/s in bf16 and fp32, share of it that small networks reach, bytes/s, seconds a kernel
-BF16, FP32, SHARE, BANDWIDTH, LAUNCH = 312e12, 19.5e12, 0.1, 1.5e12, 5e-6
-# users, items, training interactions
-DATA = {"stickers": (600, 2_000, 14_400), "MovieLens-1M": (6_040, 3_700, 800_000), "10 M": (200_000, 50_000, 8_000_000)}
+LAUNCH = 5e-6                   # seconds that a kernel takes to launch, if it is not waited for
 
 
 class Checks:
@@ -66,14 +64,14 @@ class Checks:
         words = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items() if v is not None)
         print(f"{ {True: 'ok', False: 'FAILED', None: '-'}[ok]:7}{self.group:9} {name:40} {words}", flush=True)
 
-    def half(self, enabled: bool = True):
+    def half(self):
         """bf16 by autocast, whatever this processor gains by it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
-    def seconds(self, function, n: int = 5) -> float:
-        """The shortest of n calls, after one to warm up."""
+    def seconds(self, function, n: int = 0) -> float:
+        """The shortest of n calls (5, of small ones 1), after one to warm up."""
         best = float("inf")
-        for k in range(n + 1):
+        for k in range(1 + (n or (1 if self.quick else 5))):
             start = time.perf_counter()
             function()
             if self.cuda:
@@ -81,10 +79,12 @@ class Checks:
             best = min(best, time.perf_counter() - start) if k else best
         return best
 
-    def open(self, name: str, *arguments: str, device: object = None, resume: bool = False) -> train.Run:
-        """A new run in a folder of that name, or the one that was begun there."""
+    def open(self, name: str, arguments: list[str], device: object = None) -> train.Run:
+        """A new run with these settings, or tiny ones; no settings: the run that was begun in that folder."""
+        gc.collect()        # what earlier runs left on the card
+        settings = (QUICK if self.quick else arguments) if arguments else ["--resume"]
         out = ["--out", str(self.folder / name), "--device", str(device or self.device)]
-        run = train.open_run(*train.parse_arguments([*out, *arguments, *["--resume"] * resume]))
+        run = train.open_run(*train.parse_arguments([*out, *settings]))
         run.restore()
         return run
 
@@ -92,7 +92,8 @@ class Checks:
 # ---- products and sampling -----------------------------------------------------------------------
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name; `kernels`: those that are no views."""
+    """Counts operations by name; `kernels`: those that neither are views nor reserve memory nor ask the host."""
+    NONE = ("empty", "new_empty", "_record", "promote_types", "_local_scalar")
 
     def __init__(self):
         super().__init__()
@@ -100,7 +101,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names[function.overloadpacket.__name__] += 1
-        self.kernels += not function.is_view
+        self.kernels += not (function.is_view or function.overloadpacket.__name__.startswith(self.NONE))
         return function(*args, **(kwargs or {}))
 
 
@@ -270,7 +271,7 @@ def waits(cuda: bool):
 
 def host_waits(check: Checks):
     """A training step waits for nothing; a sampler for nothing, either."""
-    run = check.open("steps", *(QUICK if check.quick else FEW))
+    run = check.open("steps", FEW)
     for stage, step, _ in steps_of(run):
         step()                          # what is made once
         with waits(check.cuda) as lines:
@@ -308,17 +309,16 @@ def overlap(a: dict, b: dict) -> float:
 
 def runs(check: Checks):
     """Three runs of --smoke: undisturbed, stopped here and gone on with, begun on the CPU and gone on with here."""
-    smoke = QUICK if check.quick else ["--smoke"]
     with waits(True) if check.cuda else contextlib.nullcontext(Counter()) as lines:     # to count them on a CPU changes bits
-        here = finish(check.open("here", *smoke))
+        here = finish(check.open("here", ["--smoke"]))
     check.add("--smoke, all that waits", None, lines=dict(lines.most_common()) or None)
-    there = finish(check.open("there", *smoke, device="cpu")) if check.cuda else here
+    there = finish(check.open("there", ["--smoke"], "cpu")) if check.cuda else here
     check.add("--smoke, against the CPU's", (share := overlap(here, there)) >= 0.9, intervals_overlap=share)
     for name, device, whole in (("gone on with here", check.device, here), ("begun on the CPU", "cpu", there)):
         if name == "gone on with here" or check.cuda:       # else both are the same
-            run = check.open(name, *smoke, device=device)
+            run = check.open(name, ["--smoke"], device)
             train.train_all(run, list(train.STAGES)[:6])
-            metrics = finish(check.open(name, resume=True))
+            metrics = finish(check.open(name, []))
             wrong = differences(check.folder / ("here" if whole is here else "there"), check.folder / name)
             share = overlap(metrics, whole)
             check.add(f"--smoke, {name}", share >= 0.9 if check.cuda else not wrong, intervals_overlap=share, differ=wrong[:5])
@@ -347,14 +347,16 @@ def rates(check: Checks) -> dict[torch.dtype, float]:
 
 
 def published(column: str) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """What the CPU reached: {measure: (lowest, highest)} and {stage: seconds}, from RESULTS.md."""
-    text = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8").split("## Stickers")[1].split("\n## ")[0]
-    seconds = {name: float(s) for name, s in re.findall(r"[(,] ?([a-z]+) (\d+)(?=[,)])", text.split("\n\n")[1])}
-    lines = [line.strip("| ").split(" | ") for line in text.split("\n\n")[2].splitlines()]
-    place, found = lines[0].index(column) + 1, {}
-    for name, *cells in lines[2:]:
-        numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", cells[place - 1])]
-        found[name] = min(numbers), max(numbers)
+    """What the CPU reached: {measure: (lowest, highest)} and {stage: seconds}, from the first table of RESULTS.md, and from the
+    list of stages above it."""
+    text = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+    seconds = {name: float(s) for name, s in re.findall(r"(\w+) ([\d.]+)", re.search(r"\((autoencoder \d[^)]*)\)", text)[1])}
+    head, _, *lines = text[text.index("| |"):].split("\n\n")[0].splitlines()
+    place, found = head.split(" | ").index(column), {}
+    for line in lines:
+        cells = line.strip("| ").split(" | ")
+        numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", cells[place])]
+        found[cells[0]] = min(numbers), max(numbers)
     return found, seconds
 
 
@@ -362,6 +364,7 @@ def work(check: Checks, run: train.Run, peaks: dict, cpu: dict[str, float]):
     """A row a stage: seconds, steps, and what a step is made of."""
     rate = rates(check)
     for stage, step, n in steps_of(run):
+        step()          # the first one also makes the optimizer's state
         flops, kernels, _ = count(step)
         fast = rate[torch.float32 if stage in ("gnn", "codebook", "scorer", "judge", "referee") else torch.bfloat16]
         seconds = run.seconds[stage][0]
@@ -373,12 +376,12 @@ def work(check: Checks, run: train.Run, peaks: dict, cpu: dict[str, float]):
 def whole(check: Checks):
     """The default run, stage by stage; MovieLens-1M's size; twenty steps of each stage with large generators."""
     bars, cpu = published("after reward")
-    for name, arguments in (("stickers", []), ("MovieLens-1M's size", MOVIELENS)):
+    for name, arguments in (("stickers", ["--seed", "0"]), ("MovieLens-1M's size", MOVIELENS)):
         if time.monotonic() - check.start > LIMIT / 2 and name != "stickers":
             check.add(name, None, left_out="too little time is left")
             continue
         start, peaks = time.monotonic(), {}
-        run = check.open(name, *(QUICK if check.quick else arguments))
+        run = check.open(name, arguments)
         for stage in train.STAGES:
             if check.cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -396,7 +399,7 @@ def whole(check: Checks):
             off = [n for n, x, (low, high) in both if not (x["low"] <= high and low <= x["high"])]
             check.add("stickers, quality as on the CPU", None if check.quick else not off, outside=f"{len(off)} {off[:5]}")
             work(check, run, peaks, cpu)
-    run = check.open("large", *(QUICK if check.quick else FEW + LARGE))
+    run = check.open("large", FEW + LARGE)
     for m in dppmg.MODALITIES:
         check.add(f"large, {m} generator", None, million_parameters=sum(p.numel() for p in getattr(run.model, m).parameters()) / 1e6)
     for stage, step, _ in steps_of(run):
@@ -442,14 +445,14 @@ def explain(check: Checks, name: str, step):
 
 def profile(check: Checks):
     """Two steps explained; then what it would gain to cast frozen weights once, and to compile the denoiser."""
-    run = check.open("profile", *(QUICK if check.quick else [*FEW, "--users", "200"]))
+    run = check.open("profile", [*FEW, "--users", "200"])
     for stage, step, _ in steps_of(run):
         if stage in ("codebook", "reward"):
             explain(check, f"a step of {stage}", step)
         if stage == "reward":
-            with run.model.half() as half:
-                networks = [run.model.image, run.model.text, run.model.autoencoder] if half else []
-            with cast_once(*networks):
+            with run.model.half():
+                half = torch.is_autocast_enabled(check.device.type)
+            with cast_once(*[run.model.image, run.model.text, run.model.autoencoder] * half):
                 check.add("reward, frozen weights cast once", None, ms=1e3 * check.seconds(step), kernels=count(step)[1])
         if stage == "image":
             check.add("a step of image", None, ms=1e3 * check.seconds(step))
@@ -463,36 +466,6 @@ def profile(check: Checks):
                 torch._dynamo.reset()
 
 
-# ---- on paper ------------------------------------------------------------------------------------
-
-def sparse_bytes(n_users: int, n_items: int, n_edges: int, cfg: gnn.GNNConfig) -> float:
-    """What the sparse products of a step move: L forward, L backward, both modalities side by side; each reads, for 2E entries,
-    an index, a weight and (as if nothing were cached) a row of 2 D floats, and writes N rows."""
-    row = 4 * 2 * cfg.dim
-    return 2 * cfg.layers * (2 * n_edges * (4 + 4 + row) + (n_users + n_items) * row)
-
-
-def paper(check: Checks):
-    """A step takes FLOPs / (rate x share) + bytes / bandwidth, or its launches if that is more; steps grow with the data."""
-    run, base = check.open("paper", *FEW, device="cpu"), DATA["stickers"]
-    grows = {"autoencoder": 1, "scorer": 1, "judge": 1, "referee": None, "codebook": 0, "reward": 0}       # by users, items, else edges
-    counted = [(stage, n, *count(step)) for stage, step, n in steps_of(run)]
-    nets = {"autoencoder": run.model.autoencoder, "text": run.model.text, "image": run.model.image, "gnn": run.model.gnn}
-    for name, sizes in DATA.items():
-        total = 0.0
-        for stage, n, flops, kernels, kept in counted:
-            by = grows.get(stage, 2)
-            n = n if by is None else n * sizes[by] / base[by]
-            moved = 28 * sum(p.numel() for p in nets[stage].parameters()) if stage in nets else 0       # Adam: 4 reads, 3 writes
-            moved += sparse_bytes(*sizes, run.cfg.gnn) if stage == "gnn" else 0
-            rate = SHARE * (FP32 if stage in ("gnn", "codebook", "scorer", "judge", "referee") else BF16)
-            seconds, launches = flops / rate + moved / BANDWIDTH, kernels * LAUNCH
-            total += n * max(seconds, launches)
-            check.add(f"{name}, {stage}", None, s=n * max(seconds, launches), steps=round(n), gflop=flops / 1e9, mb=moved / 1e6,
-                      kernels=kernels, work_ms=1e3 * seconds, launches_ms=1e3 * launches, kept_mib=kept >> 20)
-        check.add(f"{name}, training", None, minutes=total / 60)
-
-
 GROUPS = {"products": products, "sampling": sampling, "waits": host_waits, "runs": runs, "whole": whole, "profile": profile}
 
 
@@ -503,19 +476,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("check_gpu.json"), help="the JSON (%(default)s)")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, as on the CPU")
-    parser.add_argument("--paper", action="store_true", help="estimate the seconds on a GPU instead")
     args = parser.parse_args(arguments)
     device = dppmg.pick_device(args.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU here: {device}, small; its seconds are no GPU's"
     print(f"torch {torch.__version__}, {card}")
-    groups = {"paper": paper} if args.paper else {name: GROUPS[name] for name in args.groups or GROUPS}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         check = Checks(device, args.quick or device.type != "cuda", Path(folder))
-        for check.group, function in groups.items():
+        for check.group in args.groups or GROUPS:
             try:
                 with mock.patch.object(train, "say", lambda line: None):
-                    function(check)
+                    GROUPS[check.group](check)
             except Exception as error:      # the other groups go on
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 check.add("stopped", False, error=f"{type(error).__name__}: {error}"[:200], at=f"{where.filename}:{where.lineno}")

@@ -50,6 +50,7 @@ def test_a_step_that_looks_at_a_number_is_named_by_its_line(check, monkeypatch):
     scope = {"loss": loss}
     exec(compile(source, str(Path(gnn.__file__)), "exec"), scope)       # as if it stood in gnn.py
     monkeypatch.setattr(gnn, "bpr_loss", scope["bpr_loss"])
+    monkeypatch.setattr(train, "STAGES", {name: train.STAGES[name] for name in ("features", "gnn")})
     check_gpu.host_waits(check)
     failed = {row["name"]: row["waits"] for row in check.rows if row["ok"] is False}
     assert failed == {"a step of gnn": {"gnn.py:2 bpr_loss": 2}}        # the summed score's and each modality's
@@ -89,8 +90,9 @@ def test_what_the_cpu_reached_is_read_from_the_results():
 
 
 def test_whole_runs_and_profiles(tmp_path, monkeypatch):
-    """Slow: two runs; the others are left out, as where little time is left."""
+    """The slowest: three short runs. The larger data are left out, as where little time is left, and so is the compiler."""
     monkeypatch.setattr(check_gpu, "LIMIT", 0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     status, found = main(tmp_path, "whole", "profile")
     rows = {row["name"]: row for row in found["rows"]}
     assert status == 0 and rows["MovieLens-1M's size"]["left_out"]
