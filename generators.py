@@ -389,7 +389,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor,
     past, present = decoder.start(prompt, prefs)
     tokens = prompt.new_full((batch, 1), BOS)
     # Have all texts ended? The device writes the answer when it gets there: nobody waits for it.
-    ended = torch.zeros((), dtype=torch.bool, pin_memory=prompt.is_cuda)
+    ended = torch.tensor(False, pin_memory=prompt.is_cuda)
     for t in range(max_len):
         if t and t % 8 == 0:
             ended.copy_((tokens == EOS).any(1).all(), non_blocking=True)
