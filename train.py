@@ -721,7 +721,7 @@ def train_reward(run: Run) -> str:
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
             watch(run)
 
-    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, math.inf)
+    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, clip=math.inf)
     model.requires_grad_(True)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
