@@ -44,7 +44,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -208,7 +207,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; None: cuda where there is one, else cpu. ValueError if not here."""
+    """The device of that name; None: cuda where there is one, else cpu. ValueError if not here.
+    From now on fp32 is fp32: convolutions of scorer, judge and features take no TF32."""
+    torch.backends.cudnn.allow_tf32 = False
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.Generator(torch.zeros(1, device=name).device).device
@@ -423,9 +424,9 @@ class DPPMG(nn.Module):
         """DEVIATION 20: within it the generators compute in bf16, on GPUs and processors with
         instructions for it. Weights, attention on the CPU, sums and log-probabilities stay fp32."""
         kind = self.graph.col.device.type
-        fast = {"cuda": torch.cuda.is_bf16_supported,
+        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
                 "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
-        if self.cfg.method.bf16 and kind in fast and fast[kind]():
+        if self.cfg.method.bf16 and fast.get(kind, bool)():
             return torch.autocast(kind, torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -856,7 +857,7 @@ class Dataset:
                  for (kind, _), ids in found.ids.items() if len(ids) > 1]
         found.notices[f"ids have a twin: {', '.join(twins[:3])}: did you mean one?"] = len(twins)
         notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
-        words, part = sorted(set(chain(*prompts))), split_by_time(user, time, seed)
+        words, part = sorted(set().union(*prompts)), split_by_time(user, time, seed)
         return cls(found.root.name, users, items, texts, prompts, words,
                    torch.from_numpy(np.stack(images)), user, item, time, part, notices)
 
@@ -921,7 +922,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{path}: {CONTROL.sub(chr(0xFFFD), text)}")
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror or error}")
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     return 0
 

@@ -388,9 +388,12 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor,
         prompt, prefs = prompt.repeat(2, 1), torch.cat([prefs, torch.full_like(prefs, -1)])
     past, present = decoder.start(prompt, prefs)
     tokens = prompt.new_full((batch, 1), BOS)
+    # Have all texts ended? The device writes the answer when it gets there: nobody waits for it.
+    ended = torch.tensor(False, pin_memory=prompt.is_cuda)
     for t in range(max_len):
-        # Have all texts ended? Asked only now and then, for on a GPU the answer is waited for.
-        if t and t % 8 == 0 and (tokens == EOS).any(1).all():
+        if t and t % 8 == 0:
+            ended.copy_((tokens == EOS).any(1).all(), non_blocking=True)
+        if ended:
             break
         last = tokens[:, -1:]
         logits, past = decoder.step(last.repeat(2, 1) if guided else last, t, past, present)
@@ -520,7 +523,7 @@ class CrossAttention(nn.Module):
         query = self.query(self.norm(x)).unflatten(1, (self.heads, -1)).flatten(3)
         memory = self.key_value(tokens).unflatten(2, (2, self.heads, -1))
         key, value = memory.permute(2, 0, 3, 1, 4)  # (B, heads, N, C/heads)
-        mixed = attention(query.transpose(2, 3), key, value, present[:, None, None])
+        mixed = attention(query.mT.contiguous(), key, value, present[:, None, None])
         return x + self.out(mixed.transpose(2, 3).reshape(x.shape))
 
 

@@ -217,7 +217,7 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor):
         """Set center and basis from x (I, W)."""
-        x = x.double()
+        x = x.cpu().double()    # not every device has float64
         self.center.copy_(x.mean(0))
         variance, direction = top_directions(x.T.cov(correction=0), self.basis.shape[1])
         floor = ROUNDING * x.square().sum(1).mean()
@@ -287,7 +287,7 @@ class TfidfSVD(nn.Module):
         df = sum((self.counts(x) > 0).sum(0) for x in batches)      # (V,) texts with the token
         self.idf.copy_(1 + ((1 + len(tokens)) / (1 + df)).log())
         self.idf[:N_SPECIAL] = 0
-        unit = (self.tfidf(x).double() for x in batches)
+        unit = (self.tfidf(x).cpu().double() for x in batches)
         gram = sum(x.T @ x for x in unit)                           # (V, V)
         square, direction = top_directions(gram, self.basis.shape[1])
         self.basis[:, :len(square)] = direction * (square > ROUNDING * len(tokens))

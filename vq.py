@@ -62,8 +62,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
                          "need (N, D) and (K, D) with K >= 1: set VQConfig.dim to the width of x")
     half_norm = codebook.square().sum(1) / 2  # (K,)
     blocks = x.split(max(1, BLOCK // len(codebook)))  # each (BLOCK / K, D)
-    return torch.cat([
-        torch.addmm(half_norm, rows, codebook.T, alpha=-1).argmin(1) for rows in blocks])
+    return torch.cat([torch.addmm(half_norm, b, codebook.T, alpha=-1).argmin(1) for b in blocks])
 
 
 def straight_through(z_e: Tensor, e: Tensor) -> Tensor:
@@ -287,6 +286,7 @@ def codebook_health(codes: Tensor, n_codes: int) -> dict[str, list[float] | floa
     if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= n_codes:
         raise ValueError(f"codebook_health: codes are {tuple(codes.shape)}, n_codes={n_codes}; "
                          "need (U, L) in [0, n_codes): pass encode's codes and VQConfig.codes")
+    codes = codes.cpu()  # not every device has float64
     count = torch.stack([torch.bincount(level, minlength=n_codes) for level in codes.T])  # (L, K)
     _, tuple_of, size = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
     return {"usage": (count > 0).double().mean(1).tolist(),
@@ -304,8 +304,8 @@ def explained(p: Tensor, reconstruction: Tensor) -> float:
     if p.ndim != 2 or p.shape != reconstruction.shape:
         raise ValueError(f"explained: p is {tuple(p.shape)}, reconstruction "
                          f"{tuple(reconstruction.shape)}; need the same (U, D) of the same users")
-    unit = F.normalize(p.double(), dim=1)  # (U, D)
-    error = float(mean_square(unit - reconstruction.double()))
+    unit = F.normalize(p.cpu().double(), dim=1)  # (U, D); not every device has float64
+    error = float(mean_square(unit - reconstruction.cpu().double()))
     variance = float(mean_square(unit - unit.mean(0)))
     return 1 - error / variance if variance > 1e-12 else float(error <= 1e-12)
 
