@@ -98,74 +98,55 @@ SHARPNESS = {"subject": 1.0, "setting": 1.0, "colour": 2.0, "pattern": 2.0, "ton
 SIDE, FINE = 32, 4  # pixels of a sticker; drawn so many times larger, then averaged
 
 
-def _on_circles(*radii: float, n: int) -> list[tuple[float, float]]:
-    """n points around the origin, at the radii in turn, the first at the top."""
-    angles = [-math.pi / 2 + k * math.tau / n for k in range(n)]
-    return [(r * math.cos(a), r * math.sin(a)) for a, r in zip(angles, radii * n)]
+def _ring(*radii: float, n: int = 24, x: float = 0, y: float = 0) -> np.ndarray:
+    """Corners (n, 2) of a polygon around (x, y), at the radii in turn, the first at the top."""
+    angle = math.tau * np.arange(n)[:, None] / n
+    return (x, y) + np.resize(radii, (n, 1)) * np.hstack([np.sin(angle), -np.cos(angle)])
 
 
-# on [-1, 1]^2: a polygon's corners, or two corners of the box of an ellipse, filled or cut out
+# polygons on [-1, 1]^2, y downwards
 SHAPES = {
-    "fish": [("fill", (-0.95, -0.6, 0.55, 0.6)), ("polygon", (0.3, 0, 0.98, -0.6, 0.98, 0.6))],
-    "house": [("polygon", (-0.75, 0.9, -0.75, -0.1, -1, -0.1, 0, -0.95, 1, -0.1, 0.75, -0.1,
-                           0.75, 0.9))],
-    "tree": [("fill", (-0.8, -1, 0.8, 0.45)),
-             ("polygon", (-0.22, 0.3, 0.22, 0.3, 0.3, 1, -0.3, 1))],
-    "boat": [("polygon", (-1, 0.3, 1, 0.3, 0.6, 0.9, -0.6, 0.9)),
-             ("polygon", (-0.1, -1, -0.1, 0.2, 0.85, 0.2)),
-             ("polygon", (-0.2, -0.8, -0.2, 0.2, -0.8, 0.2))],
-    "star": [("polygon", _on_circles(1.05, 0.5, n=10))],
-    "heart": [("fill", (-0.94, -0.87, 0.06, 0.13)), ("fill", (-0.06, -0.87, 0.94, 0.13)),
-              ("polygon", (-0.86, -0.1, 0, -0.45, 0.86, -0.1, 0, 0.95))],
-    "moon": [("fill", (-0.95, -0.95, 0.95, 0.95)), ("cut", (0.05, -0.8, 1.35, 0.5))],
-    "flower": [("fill", (x - 0.38, y - 0.38, x + 0.38, y + 0.38))
-               for x, y in [(0, 0), *_on_circles(0.58, n=5)]],
+    "fish": [_ring(0.65, x=-0.3), [(0.2, 0), (0.98, -0.65), (0.98, 0.65)]],
+    "house": [[(-1, 0), (0, -0.95), (1, 0)],
+              [(-0.75, -0.1), (0.75, -0.1), (0.75, 0.9), (-0.75, 0.9)]],
+    "tree": [_ring(0.75, y=-0.25), [(-0.22, 0.3), (0.22, 0.3), (0.3, 1), (-0.3, 1)]],
+    "boat": [[(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)],
+             [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)], [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)]],
+    "star": [_ring(1.05, 0.5, n=10)],
+    "heart": [_ring(0.5, x=-0.44, y=-0.37), _ring(0.5, x=0.44, y=-0.37),
+              [(-0.86, -0.1), (0, -0.45), (0.86, -0.1), (0, 0.95)]],
+    "moon": [[*_ring(0.95)[10:], *_ring(0.95)[:2], *_ring(0.7, x=0.5, y=-0.3)[:10:-1]]],
+    "flower": [_ring(0.38), *(_ring(0.38, x=x, y=y) for x, y in _ring(0.58, n=5))],
 }
 
 
-def _silhouette(subject: str, centre: np.ndarray, radius: float, rim: float) -> Image.Image:
-    """Mask of the subject around the centre (x, y), grown by rim, in pixels; FINE times larger."""
-    mask = Image.new("L", (SIDE * FINE, SIDE * FINE))
-    draw = ImageDraw.Draw(mask)
-    for kind, shape in SHAPES[subject]:
-        points = FINE * (centre + radius * np.reshape(shape, (-1, 2)))  # (corners, 2)
-        if kind == "polygon":
-            corners = points.flatten().tolist()
-            draw.polygon(corners, fill=255)
-            draw.line(corners + corners[:4], fill=255, width=int(2 * rim * FINE), joint="curve")
-        else:
-            grow = FINE * rim * (-1 if kind == "cut" else 1)
-            box = [*(points[0] - grow), *(points[1] + grow)]
-            draw.ellipse(box, fill=0 if kind == "cut" else 255)
-    return mask
-
-
-def _body(colour: str, pattern: str, centre: np.ndarray) -> Image.Image:
-    """The paint of a subject: a whole picture of its colour and pattern, FINE times larger."""
-    side, (x0, y0) = SIDE * FINE, centre
-    body = Image.new("RGB", (side, side), PAINT[colour])
-    draw, dark = ImageDraw.Draw(body), tuple(int(0.35 * c) for c in PAINT[colour])
-    for row, y in enumerate(np.arange(y0 % 6 - 6, SIDE + 6, 6)):
-        if pattern == "stripes":
-            draw.rectangle((0, y * FINE, side, (y + 2.6) * FINE), fill=dark)
-        if pattern == "dots":
-            for x in np.arange(x0 % 6 - 6 + 3 * (row % 2), SIDE + 8, 6):
-                box = [FINE * e for e in (x - 1.7, y - 1.7, x + 1.7, y + 1.7)]
-                draw.ellipse(box, fill="white")
-    return body
+def _body(value: dict[str, str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A subject's paint with its pattern, (128, 128, 3), at x, y (128, 128, 1) from its centre."""
+    paint = np.array(PAINT[value["colour"]])
+    if value["pattern"] == "stripes":
+        return np.where(y % 6 < 2.6, 0.35 * paint, paint)
+    if value["pattern"] == "dots":
+        x = x + 3 * (y // 6 % 2)  # every other row is shifted
+        return np.where(np.hypot(x % 6 - 3, y % 6 - 3) < 1.7, 255, paint)
+    return np.tile(paint, x.shape)
 
 
 def draw_sticker(value: dict[str, str], rng: np.random.Generator) -> Image.Image:
     """A 32 x 32 RGB picture, anti-aliased, of the values of SEEN: the patterned subject with a
     white rim before a sky; its place and size vary by about 6 %."""
-    centre = SIDE / 2 + rng.uniform(-2, 2, 2)
-    radius, side, subject = 12 * rng.uniform(0.9, 1.05), SIDE * FINE, value["subject"]
-    top, bottom = np.array(SKY[value["setting"]], float)
-    sky = top + (bottom - top) * np.linspace(0, 1, side)[:, None]  # (side, 3)
-    picture = Image.fromarray(np.repeat(sky.round().astype(np.uint8)[:, None], side, axis=1))
-    picture.paste((250, 250, 250), mask=_silhouette(subject, centre, radius, 1.4))
-    body = _body(value["colour"], value["pattern"], centre)
-    picture.paste(body, mask=_silhouette(subject, centre, radius, 0))
+    centre, radius = SIDE / 2 + rng.uniform(-2, 2, 2), 12 * rng.uniform(0.9, 1.05)
+    y, x = np.mgrid[:SIDE * FINE, :SIDE * FINE][..., None] / FINE  # pixels
+    top, bottom = np.array(SKY[value["setting"]])
+    sky = top + (bottom - top) * y / SIDE  # (128, 128, 3)
+    body = _body(value, x - centre[0], y - centre[1])
+    picture, body = (Image.fromarray(z.astype(np.uint8)) for z in (sky, body))
+    mask = Image.new("L", picture.size)
+    for shape in SHAPES[value["subject"]]:
+        corners = (FINE * (centre + radius * np.array(shape))).flatten().tolist()
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+        rim = corners + corners[:4]  # a line around the shape, whose inner half the body covers
+        ImageDraw.Draw(picture).line(rim, "white", width=int(2.8 * FINE), joint="curve")
+    picture.paste(body, mask=mask)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
@@ -186,12 +167,11 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     logits = {a: SHARPNESS[a] * rng.normal(size=(cfg.users, len(v))) for a, v in ATTRIBUTES.items()}
     tastes = {a: np.exp(x) / np.exp(x).sum(1, keepdims=True) for a, x in logits.items()}
     liked = []
-    for u in range(0, cfg.users, 256):  # never U x I numbers at once
-        rows = (np.log(tastes[a][u:u + 256])[:, items[:, k]] for k, a in enumerate(ATTRIBUTES))
-        log_p = sum(rows)  # (256, I)
-        order = np.argsort(-(log_p + rng.gumbel(size=log_p.shape)), axis=1)
-        liked.append(order[:, :cfg.interactions].copy())
-    return World(items, tastes, rng.permuted(np.concatenate(liked), axis=1))
+    for u in range(cfg.users):
+        log_p = sum(np.log(tastes[a][u, items[:, k]]) for k, a in enumerate(ATTRIBUTES))  # (I,)
+        order = np.argsort(-(log_p + rng.gumbel(size=cfg.items)))
+        liked.append(order[:cfg.interactions].copy())
+    return World(items, tastes, rng.permuted(np.stack(liked), axis=1))
 
 
 def values_of(row: np.ndarray) -> dict[str, str]:
