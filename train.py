@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -298,8 +297,8 @@ class Run:
         context = cfg.text.context
         tokens, longest = self.model.tokenizer.encode_batch(data.texts, context)
         if longest > context:
-            what = f"texts cut to {context} tokens; --text-context {longest} keeps the longest whole"
-            data.notices.append(what)
+            what = f"texts cut to {context} tokens; --text-context {longest}"
+            data.notices.append(f"{what} keeps the longest whole")
         self.tokens, self.images = tokens.to(device), data.images.to(device)
         self.prompt = self.model.catalogue.encode_prompts(data.prompts).to(device)
         self.prompts, self.topic = self.prompt.unique(dim=0, return_inverse=True)
@@ -1050,19 +1049,18 @@ def build(values: dict[str, dict]) -> tuple[Config, TrainConfig]:
     return Config(**parts), train
 
 
-def read_config(out: Path | None) -> dict:
-    """config.json of the run in a folder; {} for no folder, or an empty one. Else ValueError."""
-    if out is None or not out.exists() or out.is_dir() and not any(out.iterdir()):
+def read_config(out: Path) -> dict:
+    """config.json of the run in a folder; {} where there is nothing yet. ValueError where something
+    else is."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return {}
-    if not (out / "config.json").exists():
-        raise ValueError(f"--out {out}: exists and is not a run; choose another --out")
     try:
         there = json.loads((out / "config.json").read_text(encoding="utf-8"))
         build(there["settings"])
-        return {key: there[key] for key in ("settings", "data", "fingerprint", "machine")}
+        return {key: there[key] for key in ("settings", "data", "machine")}
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"not the settings of a run ({type(error).__name__})"
-        raise ValueError(f"{out}/config.json: {what}; choose another --out") from None
+        why = f"exists and holds no config.json of a run ({type(error).__name__})"
+        raise ValueError(f"--out {out}: {why}; choose another --out") from None
 
 
 def new_folder(name: str) -> Path:
@@ -1089,13 +1087,11 @@ def lock(out: Path):
     path, mine = out / "lock", str(os.getpid())
     if path.exists() and not is_running(path.read_text()):
         path.unlink()
-    try:
-        with open(path, "x") as file:  # fails if another process was quicker
-            file.write(mine)
-    except FileExistsError:
-        if (owner := path.read_text()) != mine:
-            what = f"process {owner} trains in it; wait, or choose another"
-            raise ValueError(f"--out {out}: {what} (if none does, remove {path})") from None
+    with contextlib.suppress(FileExistsError), open(path, "x") as file:
+        file.write(mine)  # unless another process was quicker
+    if (owner := path.read_text()) != mine:
+        what = f"process {owner} trains in it; wait, or choose another"
+        raise ValueError(f"--out {out}: {what} (if none does, remove {path})")
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -1104,18 +1100,15 @@ def machine(device: torch.device) -> dict[str, str | int]:
             "numpy": np.__version__, "device": str(device), "threads": torch.get_num_threads()}
 
 
-def check_same(out: Path | None, config: dict, there: dict):
-    """ValueError unless what is asked is what the run in `out` was begun with. The folder of the
-    data may have moved: its content counts."""
-    if not there:
-        return
-    begun = there["settings"]
+def check_same(out: Path, config: dict, there: dict):
+    """ValueError unless what is asked is what the run in `out` was begun with, and it can go on.
+    The folder of the data may have moved: its content counts, which the checkpoint knows."""
+    if (out / "metrics.json").exists():
+        raise ValueError(f"--out {out}: this run is finished; choose another")
     differ = [flag_of(group, name) for group, part in config["settings"].items()
-              for name, value in part.items() if begun[group].get(name) != value]
+              for name, value in part.items() if there["settings"][group].get(name) != value]
     if (config["data"] is None) != (there["data"] is None):
         differ.append("--data")
-    if None not in (config["fingerprint"], there["fingerprint"]):
-        differ += ["content of the data"] * (config["fingerprint"] != there["fingerprint"])
     if differ:
         what = f"was begun with another {', '.join(differ[:5])}"
         raise ValueError(f"--out {out}: {what}; choose another --out")
@@ -1137,19 +1130,18 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     """A new run, or the unfinished one in --out. One rule: a folder whose config.json equals what
     is asked goes on where it was; --resume asks for what is there. ValueError or OSError where
     neither is possible."""
-    out = Path(args.out) if args.out else None
-    there = read_config(out)
+    out, world = Path(args.out) if args.out else None, None
+    there = read_config(out) if out else {}
     if args.resume and not there:
         raise ValueError("--resume: name a run that was begun, with --out")
-    if there and (out / "metrics.json").exists():
-        raise ValueError(f"--out {out}: this run is finished; choose another")
     base = there["settings"] if args.resume else SMOKE if args.smoke else {}
     cfg, train = build({name: base.get(name, {}) | given[name] for name in PARTS})
     device, folder = pick_device(args.device), there["data"] if args.resume else None
-    folder, world = os.path.abspath(args.data) if args.data else folder, None
+    folder = os.path.abspath(args.data) if args.data else folder
     config = {"settings": asdict(cfg) | {"train": asdict(train)}, "data": folder,
               "fingerprint": None, "machine": machine(device)}
-    check_same(out, config, there)
+    if there:
+        check_same(out, config, there)
     if folder is None:
         out = out or new_folder("smoke" if args.smoke else "stickers")
         folder, world = out / "stickers", sticker_world(train, cfg.method.seed)
@@ -1159,10 +1151,11 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     data = Dataset.load(folder, cfg.image.size, cfg.method.seed, train.min_rating or None,
                         train.drop_incomplete)
     config["fingerprint"] = data.fingerprint()
-    check_same(out, config, there)
-    if there and there["machine"] != config["machine"]:
+    if there.get("machine") not in (None, config["machine"]):
         data.notices.append(f"begun on {there['machine']}: the last bits may differ here")
     run = Run(cfg, train, data, world, out, device)
+    if there:
+        run.restore()
     run.out = out or new_folder(data.name)  # only now, when there is enough data for a run
     claim(run.out, config)
     return run
@@ -1182,8 +1175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, interrupt)
     try:
         run = open_run(args, given)
-        run.seconds["data"] = (clocks() - start).tolist()
-        run.restore()
+        run.seconds.setdefault("data", (clocks() - start).tolist())
         for notice in run.data.notices:
             say(f"note: {notice}")
         train_all(run)
