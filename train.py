@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,8 +238,8 @@ class Referee(nn.Module):
 
 
 TEXTS = {tone.format(subject=subject, setting=setting): (s, n, t)
-         for (s, subject), (n, setting), (t, tone)
-         in product(*map(enumerate, (SUBJECTS, SETTINGS, TONES)))}
+         for s, subject in enumerate(SUBJECTS)
+         for n, setting in enumerate(SETTINGS) for t, tone in enumerate(TONES)}
 
 
 def read_text(text: str) -> tuple[int, int, int]:
@@ -350,13 +349,10 @@ class Run:
         spent, self.clock = clocks() - self.clock, clocks()
         self.seconds[self.stage] = (spent + self.seconds.get(self.stage, 0)).tolist()
         state = self.model.state() | self.identity() | {name: getattr(self, name) for name in KEPT}
-        state["others"] = {n: m.state_dict() for n, m in self.modules.items() if n != "model"}
         state |= {"format": FORMAT, "optimizer": optimizer.state_dict() if optimizer else None}
-        with replacing(self.out / "checkpoint.pt") as path:
-            try:
-                torch.save(state, path)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"{path}: cannot be written ({error!r:.80}): disk full?") from None
+        state["modules"] = self.modules.state_dict()  # with the model, which is not stored twice
+        with replacing(self.out / "checkpoint.pt") as path, open(path, "wb") as file:
+            torch.save(state, file)
         write_csv(self.out / "log.csv", ["stage", "step", "name", "value"], self.log)
 
     def restore(self):
@@ -368,9 +364,7 @@ class Run:
         try:
             if any(state[name] != value for name, value in self.identity().items()):
                 raise ValueError("other settings or data")
-            self.model.load_state_dict(state["model"])
-            for name, values in state["others"].items():
-                self.modules[name].load_state_dict(values)
+            self.modules.load_state_dict(state["modules"])
             for name in KEPT:
                 setattr(self, name, state[name])
             self.tables = {m: table.to(self.device) for m, table in self.tables.items()}
@@ -416,7 +410,6 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
     peaks = [group["lr"] for group in optimizer.param_groups]
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
-        run.optimizer_state = None
     todo = range(run.step, steps)
     for step in tqdm(todo, run.stage, steps, leave=False, disable=None, initial=run.step):
         run.busy, log = True, (step + 1) % max(1, steps // 50) == 0 or step + 1 == steps
@@ -734,7 +727,7 @@ def shown(see: Tensor, told: Tensor) -> dict[str, dict[str, Tensor]]:
 def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
     """Stickers: what referee and grammar find, (B,) each; the README's glossary explains them."""
     see, told = read(run, *content)
-    subject = torch.tensor([SUBJECTS.index(run.data.prompts[i][0]) for i in item.tolist()])
+    subject = torch.from_numpy(run.world.items)[item.cpu(), 0]
     found = {"prompt_image": see[:, 0] == subject, "prompt_text": told[:, 0] == subject,
              "consistency": agree(see, told), "grammatical": told[:, 0] >= 0}
     for m, values in shown(see, told).items():
@@ -766,18 +759,22 @@ def judge_measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
 
 def measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     """Every measure of each pair, (B,) float64; nan where there is nothing to measure."""
-    found, texts = {}, run.model.tokenizer.decode_batch(made.own.tokens)
+    found, (user, item, _) = {}, made.pairs
     if run.world:
-        user, item, _ = made.pairs
-        found, others = (exact_measures(run, user, item, x) for x in (made.own, made.other))
-        found["consistency_repaired"] = agree(*read(run, made.own.images, made.again))
+        own, other = (exact_measures(run, user, item, x) for x in (made.own, made.other))
+        repaired = agree(*read(run, made.own.images, made.again))
+        found = own | {"consistency_repaired": repaired}
         for m in MODALITIES:
-            found[f"swap_{m}"] = swap_share(found[f"utility_{m}"], others[f"utility_{m}"])
+            found[f"swap_{m}"] = swap_share(own[f"utility_{m}"], other[f"utility_{m}"])
     found |= judge_measures(run, made, likes)
     learnt = {run.data.texts[i] for i in run.seen.tolist()}
+    texts = run.model.tokenizer.decode_batch(made.own.tokens)
     found["copied"] = torch.tensor([text in learnt for text in texts])
-    found, none = {n: v.double().cpu() for n, v in found.items()}, (made.again == 0).all(1).cpu()
-    return {n: v.masked_fill(none, math.nan) if "repaired" in n else v for n, v in found.items()}
+    found = {name: value.cpu().double() for name, value in found.items()}
+    for name in found:
+        if "repaired" in name:  # not measured where there is no other text
+            found[name][(made.again == 0).all(1).cpu()] = math.nan
+    return found
 
 
 def watch(run: Run):
@@ -828,25 +825,26 @@ def spread(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, 
     """How much the S samples of each of G users differ (two with the same prompt are compared), and
     how near to the user's taste they are, (G,) each.
     user (G,), item (G, S), -1 where there is no sample; content: of the G * S samples."""
-    there, topic, n, found = item >= 0, run.topic[item], item.shape[1], {}
-    alike = (topic[:, :, None] == topic[:, None]) & there[:, :, None] & there[:, None]  # (G, S, S)
+    user, there, found = user.cpu(), (item >= 0).cpu(), {}
+    topic = run.topic[item].cpu().masked_fill(~there, -1)
+    alike = (topic[:, :, None] == topic[:, None]) & there[:, None]  # (G, S, S)
     for m, emb in embed(run.modules["judge"], content).items():
-        emb = emb.unflatten(0, (-1, n))  # (G, S, D)
+        emb = emb.cpu().unflatten(0, item.shape)  # (G, S, D)
         found[f"judge_variety_{m}"] = share_of_pairs(1 - emb @ emb.mT, alike)
     if not run.world:
         return found
-    same, there, alike = {}, there.cpu(), alike.cpu()
+    same = 1.0  # chance that two pictures show the same setting, times that of two texts
     for m, values in shown(*read(run, *content)).items():
         differ, near = [], []
         for attribute, value in values.items():
-            value = value.unflatten(0, (-1, n)).masked_fill(~there, -1)  # (G, S)
-            truth = torch.from_numpy(run.world.tastes[attribute])[user.cpu()]  # (G, values)
+            value = value.unflatten(0, item.shape).masked_fill(~there, -1)  # (G, S)
+            truth = torch.from_numpy(run.world.tastes[attribute])[user]  # (G, values)
             near.append(1 - total_variation(value, there.sum(1), truth))
             differ.append(share_of_pairs((value[:, :, None] != value[:, None]).double(), alike))
         found[f"variety_{m}"] = torch.stack(differ).mean(0)
         found[f"taste_{m}"] = torch.stack(near).mean(0)
-        same[m] = 1 - differ[0]  # chance that two samples show the same setting
-    found["consistency_bound"] = (same["image"] * same["text"]).sqrt()
+        same = same * (1 - differ[0])
+    found["consistency_bound"] = same.sqrt()
     return found
 
 
@@ -898,8 +896,7 @@ def quality_for(run: Run, user: Tensor, item: Tensor) -> dict[str, dict]:
         return {}
     content = make_for(run, "after_reward", user, item, run.generator("new users"))
     found = exact_measures(run, user, item, content)
-    names = ("consistency", "utility_image", "utility_text")
-    return {name: summarize(name, found[name], user) for name in names}
+    return {name: summarize(name, values, user) for name, values in found.items()}
 
 
 def evaluate_new_users(run: Run) -> dict[str, dict]:
@@ -965,9 +962,7 @@ STAGES: dict[str, Callable[[Run], str]] = {
 
 def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
     """All of the stages that are not done yet. A line and a checkpoint at the end of each."""
-    for stage in stages:
-        if stage in run.done:
-            continue
+    for stage in [stage for stage in stages if stage not in run.done]:
         if run.stage != stage:
             run.stage, run.step, run.optimizer_state = stage, 0, None
         run.clock = clocks()
@@ -1029,16 +1024,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda if there is one)")
     groups = {name: parser.add_argument_group(name) for name in PARTS}
     for group, name, field, text in settings(PARTS):
-        kind, text = type(field.default), f"{text} ({field.default})".replace("%", "%%")
-        how = {"type": kind, "metavar": "N"}
-        if kind is bool:
+        how = {"type": type(field.default), "metavar": "N"}
+        if isinstance(field.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        text = f"{text} ({field.default})".replace("%", "%%")
         groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}",
                                    default=argparse.SUPPRESS, help=text, **how)
     args, given = parser.parse_args(argv), {group: {} for group in PARTS}
-    for key in [key for key in vars(args) if "." in key]:
-        group, name = key.split(".")
-        given[group][name] = getattr(args, key)
+    for key, value in vars(args).items():
+        group, _, name = key.rpartition(".")
+        if group:
+            given[group][name] = value
     return args, given
 
 

@@ -737,7 +737,7 @@ def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
         assert re.fullmatch("train.py: error: --out .*: exists and holds no config.json of a run .*\n", errors)
 
 
-@pytest.mark.parametrize("name, value", [("model", 3), ("others", 3), ("others", {"judge": {}}),
+@pytest.mark.parametrize("name, value", [("modules", 3), ("modules", {"judge": {}}), ("seconds", None),
                                          ("tables", None), ("done", None), ("fingerprint", "0" * 64)])
 def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
     path = spare.out / "checkpoint.pt"

@@ -1215,7 +1215,8 @@ def test_new_people_are_folded_in_from_their_first_items(run, monkeypatch, known
     assert found["in training"]["recall@20"] == 0.25 and "recall@20_quantized" not in found["in training"]
     for name, row in found.items():
         ranks = {"recall@20"} if name == "in training" else {"recall@20", "ndcg@20", "recall@20_image", "recall@20_text"}
-        assert set(row) == ranks | ({"consistency", "utility_image", "utility_text"} if known else set())
+        exact = {"prompt_image", "prompt_text", "consistency", "grammatical", "utility_image", "utility_text"}
+        assert set(row) == ranks | (exact if known else set())
     assert len(asked) == 6 * known
     for (_, variant, user, item, generator), name in zip(asked, found):
         test = pairs_of(run, TEST) if name == "in training" else set(zip(*run.new["test"].tolist()))
