@@ -306,21 +306,23 @@ class Run:
         text = self.tokens.unique(dim=0, return_inverse=True)[1]  # (I,)
         self.fresh = ~torch.isin(text, text[self.learns["judge"]])
 
+    def _start(self, name: str, network: type[nn.Module], *sizes) -> nn.Module:
+        """A new network, from a stream of its own: the judge shares nothing with the scorer."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed(f"start of {name}"))
+            return network(*sizes)
+
     def _networks(self) -> nn.ModuleDict:
-        """Each starts from a stream of its own: the judge shares nothing with the scorer."""
+        """All that is trained, and the running mean of the denoiser."""
         cfg, texts = self.cfg, [self.data.texts[i] for i in self.seen.tolist()]
         tokenizer = Tokenizer.train(texts, cfg.text.vocab_size)
         catalogue = Catalogue.of(self.data, tokenizer)
         sizes = tokenizer.vocab_size, max(1, len(catalogue.words))
-        build = {"model": lambda: DPPMG(cfg, catalogue), "referee": Referee,
-                 "judge": lambda: Scorer(cfg.reward, *sizes)}
-        modules = nn.ModuleDict()
-        with torch.random.fork_rng(devices=[]):
-            for name, network in build.items():
-                torch.manual_seed(self.seed(f"start of {name}"))
-                modules[name] = network()
-        modules["average"] = copy.deepcopy(modules["model"].image)
-        return modules.to(self.device)
+        model = self._start("model", DPPMG, cfg, catalogue)
+        return nn.ModuleDict({
+            "model": model, "average": copy.deepcopy(model.image),
+            "referee": self._start("referee", Referee),
+            "judge": self._start("judge", Scorer, cfg.reward, *sizes)}).to(self.device)
 
     def pairs(self, *parts: int) -> Tensor:
         """Users and items (2, R) of the interactions in some parts of the data, or in all."""
@@ -443,9 +445,9 @@ def draw(n: int, size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, n: int = 256) -> Tensor:
-    """function(x) without gradient, n rows at a time."""
-    return torch.cat([function(rows) for rows in x.split(n)])
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) without gradient, 256 rows at a time."""
+    return torch.cat([function(rows) for rows in x.split(256)])
 
 
 def latents_of(run: Run) -> Tensor:
@@ -560,12 +562,11 @@ def train_generator(run: Run, m: str, loss: Callable, **options) -> str:
             return {"loss": loss(item, run.prompt[item], prefs, generator)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, **options)
     user, item = run.pairs(VALID)[:, :512]
-    if len(user):
-        prefs = run.model.user_tokens(user)[m]
-        with torch.no_grad():
-            value = loss(item, run.prompt[item], prefs, run.generator("validation"))
-        run.note(run.step, loss_validation=value)
-    return f"validation loss {run.log[-1][-1]:.4f}"
+    prefs = run.model.user_tokens(user)[m]
+    with torch.no_grad():
+        value = loss(item, run.prompt[item], prefs, run.generator("validation"))
+    run.note(run.step, loss_validation=value)
+    return f"validation loss {value:.4f}"
 
 
 def train_text(run: Run) -> str:
@@ -780,9 +781,8 @@ def measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
 def watch(run: Run):
     """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste
     of a user is made of validation likes alone: nothing of the test part is looked at."""
-    part = VALID if run.pairs(VALID).shape[1] else TRAIN
-    made = make(run, "after_reward", draw_pairs(run, part, 96), run.generator("watch"))
-    found = measures(run, made, run.pairs(part))
+    made = make(run, "after_reward", draw_pairs(run, VALID, 96), run.generator("watch"))
+    found = measures(run, made, run.pairs(VALID))
     run.note(run.step, **{f"valid_{n}": v.nanmean() for n, v in found.items() if n != "copied"})
 
 
@@ -923,22 +923,22 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
 def evaluate(run: Run) -> str:
     """Every variant on the test part, with intervals; what the reward changes, pair by pair; and
     people who were not in training."""
-    found, generation = {variant: evaluate_variant(run, variant) for variant in VARIANTS}, {}
+    found = {variant: evaluate_variant(run, variant) for variant in VARIANTS}
     likes = run.liked[1][run.fresh[run.liked[1]]]
     rows = draw(len(likes), run.train.pairs, run.generator("frechet"))
     reference = embed(run.modules["judge"], contents(run, likes[rows]))["image"]
+    generation = run.metrics["generation"] = {}
     for variant, values in found.items():
         emb, user = values.pop("frechet_image")
         generation[variant] = {name: summarize(name, *pair) for name, pair in values.items()}
         if len(emb) >= 20:  # else a tenth left out is next to nothing
             generation[variant]["frechet_image"] = frechet_interval(emb, reference, user)
-    after = found["after_reward"]
-    run.metrics["generation"] = generation
+    before, after = found["before_reward"], found["after_reward"]
     run.metrics["differences"] = {name: interval(after[name][0] - values, user)
-                                  for name, (values, user) in found["before_reward"].items()}
+                                  for name, (values, user) in before.items()}
     run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
-    was, now = (generation[variant][name]["mean"] for variant in VARIANTS[2:4])
+    was, now = (values[name][0].nanmean() for values in (before, after))
     return f"{name} {was:.3f} before, {now:.3f} after"
 
 
@@ -1072,10 +1072,8 @@ def is_running(process: str) -> bool:
     """Whether there is a process of that number; on Windows, where asking would end it: yes."""
     try:
         return os.name == "nt" or os.kill(int(process), 0) is None
-    except PermissionError:  # it is another user's
-        return True
-    except (OSError, ValueError, OverflowError):
-        return False
+    except (OSError, ValueError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it is another user's
 
 
 def lock(out: Path):
