@@ -22,14 +22,12 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,74 +96,55 @@ SHARPNESS = {"subject": 1.0, "setting": 1.0, "colour": 2.0, "pattern": 2.0, "ton
 SIDE, FINE = 32, 4  # pixels of a sticker; drawn so many times larger, then averaged
 
 
-def _on_circles(*radii: float, n: int) -> list[tuple[float, float]]:
-    """n points around the origin, at the radii in turn, the first at the top."""
-    angles = [-math.pi / 2 + k * math.tau / n for k in range(n)]
-    return [(r * math.cos(a), r * math.sin(a)) for a, r in zip(angles, radii * n)]
+def _ring(*radii: float, n: int = 24, x: float = 0, y: float = 0) -> np.ndarray:
+    """Corners (n, 2) of a polygon around (x, y), at the radii in turn, the first at the top."""
+    angle = math.tau * np.arange(n)[:, None] / n
+    return (x, y) + np.resize(radii, (n, 1)) * np.hstack([np.sin(angle), -np.cos(angle)])
 
 
-# on [-1, 1]^2: a polygon's corners, or two corners of the box of an ellipse, filled or cut out
+# polygons on [-1, 1]^2, y downwards
 SHAPES = {
-    "fish": [("fill", (-0.95, -0.6, 0.55, 0.6)), ("polygon", (0.3, 0, 0.98, -0.6, 0.98, 0.6))],
-    "house": [("polygon", (-0.75, 0.9, -0.75, -0.1, -1, -0.1, 0, -0.95, 1, -0.1, 0.75, -0.1,
-                           0.75, 0.9))],
-    "tree": [("fill", (-0.8, -1, 0.8, 0.45)),
-             ("polygon", (-0.22, 0.3, 0.22, 0.3, 0.3, 1, -0.3, 1))],
-    "boat": [("polygon", (-1, 0.3, 1, 0.3, 0.6, 0.9, -0.6, 0.9)),
-             ("polygon", (-0.1, -1, -0.1, 0.2, 0.85, 0.2)),
-             ("polygon", (-0.2, -0.8, -0.2, 0.2, -0.8, 0.2))],
-    "star": [("polygon", _on_circles(1.05, 0.5, n=10))],
-    "heart": [("fill", (-0.94, -0.87, 0.06, 0.13)), ("fill", (-0.06, -0.87, 0.94, 0.13)),
-              ("polygon", (-0.86, -0.1, 0, -0.45, 0.86, -0.1, 0, 0.95))],
-    "moon": [("fill", (-0.95, -0.95, 0.95, 0.95)), ("cut", (0.05, -0.8, 1.35, 0.5))],
-    "flower": [("fill", (x - 0.38, y - 0.38, x + 0.38, y + 0.38))
-               for x, y in [(0, 0), *_on_circles(0.58, n=5)]],
+    "fish": [_ring(0.65, x=-0.3), [(0.2, 0), (0.98, -0.65), (0.98, 0.65)]],
+    "house": [[(-1, 0), (0, -0.95), (1, 0)],
+              [(-0.75, -0.1), (0.75, -0.1), (0.75, 0.9), (-0.75, 0.9)]],
+    "tree": [_ring(0.75, y=-0.25), [(-0.22, 0.3), (0.22, 0.3), (0.3, 1), (-0.3, 1)]],
+    "boat": [[(-1, 0.3), (1, 0.3), (0.6, 0.9), (-0.6, 0.9)],
+             [(-0.1, -1), (-0.1, 0.2), (0.85, 0.2)], [(-0.2, -0.8), (-0.2, 0.2), (-0.8, 0.2)]],
+    "star": [_ring(1.05, 0.5, n=10)],
+    "heart": [_ring(0.5, x=-0.44, y=-0.37), _ring(0.5, x=0.44, y=-0.37),
+              [(-0.86, -0.1), (0, -0.45), (0.86, -0.1), (0, 0.95)]],
+    "moon": [[*_ring(0.95)[10:], *_ring(0.95)[:2], *_ring(0.7, x=0.5, y=-0.3)[:10:-1]]],
+    "flower": [_ring(0.38), *(_ring(0.38, x=x, y=y) for x, y in _ring(0.58, n=5))],
 }
 
 
-def _silhouette(subject: str, centre: np.ndarray, radius: float, rim: float) -> Image.Image:
-    """Mask of the subject around the centre (x, y), grown by rim, in pixels; FINE times larger."""
-    mask = Image.new("L", (SIDE * FINE, SIDE * FINE))
-    draw = ImageDraw.Draw(mask)
-    for kind, shape in SHAPES[subject]:
-        points = FINE * (centre + radius * np.reshape(shape, (-1, 2)))  # (corners, 2)
-        if kind == "polygon":
-            corners = points.flatten().tolist()
-            draw.polygon(corners, fill=255)
-            draw.line(corners + corners[:4], fill=255, width=int(2 * rim * FINE), joint="curve")
-        else:
-            grow = FINE * rim * (-1 if kind == "cut" else 1)
-            box = [*(points[0] - grow), *(points[1] + grow)]
-            draw.ellipse(box, fill=0 if kind == "cut" else 255)
-    return mask
-
-
-def _body(colour: str, pattern: str, centre: np.ndarray) -> Image.Image:
-    """The paint of a subject: a whole picture of its colour and pattern, FINE times larger."""
-    side, (x0, y0) = SIDE * FINE, centre
-    body = Image.new("RGB", (side, side), PAINT[colour])
-    draw, dark = ImageDraw.Draw(body), tuple(int(0.35 * c) for c in PAINT[colour])
-    for row, y in enumerate(np.arange(y0 % 6 - 6, SIDE + 6, 6)):
-        if pattern == "stripes":
-            draw.rectangle((0, y * FINE, side, (y + 2.6) * FINE), fill=dark)
-        if pattern == "dots":
-            for x in np.arange(x0 % 6 - 6 + 3 * (row % 2), SIDE + 8, 6):
-                box = [FINE * e for e in (x - 1.7, y - 1.7, x + 1.7, y + 1.7)]
-                draw.ellipse(box, fill="white")
-    return body
+def _body(value: dict[str, str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A subject's paint with its pattern, (128, 128, 3), at x, y (128, 128, 1) from its centre."""
+    paint = np.array(PAINT[value["colour"]])
+    if value["pattern"] == "stripes":
+        return np.where(y % 6 < 2.6, 0.35 * paint, paint)
+    if value["pattern"] == "dots":
+        x = x + 3 * (y // 6 % 2)  # every other row is shifted
+        return np.where(np.hypot(x % 6 - 3, y % 6 - 3) < 1.7, 255, paint)
+    return np.tile(paint, x.shape)
 
 
 def draw_sticker(value: dict[str, str], rng: np.random.Generator) -> Image.Image:
     """A 32 x 32 RGB picture, anti-aliased, of the values of SEEN: the patterned subject with a
     white rim before a sky; its place and size vary by about 6 %."""
-    centre = SIDE / 2 + rng.uniform(-2, 2, 2)
-    radius, side, subject = 12 * rng.uniform(0.9, 1.05), SIDE * FINE, value["subject"]
-    top, bottom = np.array(SKY[value["setting"]], float)
-    sky = top + (bottom - top) * np.linspace(0, 1, side)[:, None]  # (side, 3)
-    picture = Image.fromarray(np.repeat(sky.round().astype(np.uint8)[:, None], side, axis=1))
-    picture.paste((250, 250, 250), mask=_silhouette(subject, centre, radius, 1.4))
-    body = _body(value["colour"], value["pattern"], centre)
-    picture.paste(body, mask=_silhouette(subject, centre, radius, 0))
+    centre, radius = SIDE / 2 + rng.uniform(-2, 2, 2), 12 * rng.uniform(0.9, 1.05)
+    y, x = np.mgrid[:SIDE * FINE, :SIDE * FINE][..., None] / FINE  # pixels
+    top, bottom = np.array(SKY[value["setting"]])
+    sky = top + (bottom - top) * y / SIDE  # (128, 128, 3)
+    body = _body(value, x - centre[0], y - centre[1])
+    picture, body = (Image.fromarray(z.astype(np.uint8)) for z in (sky, body))
+    mask = Image.new("L", picture.size)
+    for shape in SHAPES[value["subject"]]:
+        corners = (FINE * (centre + radius * np.array(shape))).flatten().tolist()
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+        rim = corners + corners[:4]  # a line around the shape, whose inner half the body covers
+        ImageDraw.Draw(picture).line(rim, "white", width=int(2.8 * FINE), joint="curve")
+    picture.paste(body, mask=mask)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
@@ -186,12 +165,11 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     logits = {a: SHARPNESS[a] * rng.normal(size=(cfg.users, len(v))) for a, v in ATTRIBUTES.items()}
     tastes = {a: np.exp(x) / np.exp(x).sum(1, keepdims=True) for a, x in logits.items()}
     liked = []
-    for u in range(0, cfg.users, 256):  # never U x I numbers at once
-        rows = (np.log(tastes[a][u:u + 256])[:, items[:, k]] for k, a in enumerate(ATTRIBUTES))
-        log_p = sum(rows)  # (256, I)
-        order = np.argsort(-(log_p + rng.gumbel(size=log_p.shape)), axis=1)
-        liked.append(order[:, :cfg.interactions].copy())
-    return World(items, tastes, rng.permuted(np.concatenate(liked), axis=1))
+    for u in range(cfg.users):
+        log_p = sum(np.log(tastes[a][u, items[:, k]]) for k, a in enumerate(ATTRIBUTES))  # (I,)
+        order = np.argsort(-(log_p + rng.gumbel(size=cfg.items)))
+        liked.append(order[:cfg.interactions].copy())
+    return World(items, tastes, rng.permuted(np.stack(liked), axis=1))
 
 
 def values_of(row: np.ndarray) -> dict[str, str]:
@@ -260,8 +238,8 @@ class Referee(nn.Module):
 
 
 TEXTS = {tone.format(subject=subject, setting=setting): (s, n, t)
-         for (s, subject), (n, setting), (t, tone)
-         in product(*map(enumerate, (SUBJECTS, SETTINGS, TONES)))}
+         for s, subject in enumerate(SUBJECTS)
+         for n, setting in enumerate(SETTINGS) for t, tone in enumerate(TONES)}
 
 
 def read_text(text: str) -> tuple[int, int, int]:
@@ -328,21 +306,23 @@ class Run:
         text = self.tokens.unique(dim=0, return_inverse=True)[1]  # (I,)
         self.fresh = ~torch.isin(text, text[self.learns["judge"]])
 
+    def _start(self, name: str, network: type[nn.Module], *sizes) -> nn.Module:
+        """A new network, from a stream of its own: the judge shares nothing with the scorer."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed(f"start of {name}"))
+            return network(*sizes)
+
     def _networks(self) -> nn.ModuleDict:
-        """Each starts from a stream of its own: the judge shares nothing with the scorer."""
+        """All that is trained, and the running mean of the denoiser."""
         cfg, texts = self.cfg, [self.data.texts[i] for i in self.seen.tolist()]
         tokenizer = Tokenizer.train(texts, cfg.text.vocab_size)
         catalogue = Catalogue.of(self.data, tokenizer)
         sizes = tokenizer.vocab_size, max(1, len(catalogue.words))
-        build = {"model": lambda: DPPMG(cfg, catalogue), "referee": Referee,
-                 "judge": lambda: Scorer(cfg.reward, *sizes)}
-        modules = nn.ModuleDict()
-        with torch.random.fork_rng(devices=[]):
-            for name, network in build.items():
-                torch.manual_seed(self.seed(f"start of {name}"))
-                modules[name] = network()
-        modules["average"] = copy.deepcopy(modules["model"].image)
-        return modules.to(self.device)
+        model = self._start("model", DPPMG, cfg, catalogue)
+        return nn.ModuleDict({
+            "model": model, "average": copy.deepcopy(model.image),
+            "referee": self._start("referee", Referee),
+            "judge": self._start("judge", Scorer, cfg.reward, *sizes)}).to(self.device)
 
     def pairs(self, *parts: int) -> Tensor:
         """Users and items (2, R) of the interactions in some parts of the data, or in all."""
@@ -371,13 +351,10 @@ class Run:
         spent, self.clock = clocks() - self.clock, clocks()
         self.seconds[self.stage] = (spent + self.seconds.get(self.stage, 0)).tolist()
         state = self.model.state() | self.identity() | {name: getattr(self, name) for name in KEPT}
-        state["others"] = {n: m.state_dict() for n, m in self.modules.items() if n != "model"}
         state |= {"format": FORMAT, "optimizer": optimizer.state_dict() if optimizer else None}
-        with replacing(self.out / "checkpoint.pt") as path:
-            try:
-                torch.save(state, path)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"{path}: cannot be written ({error!r:.80}): disk full?") from None
+        state["modules"] = self.modules.state_dict()  # with the model, which is not stored twice
+        with replacing(self.out / "checkpoint.pt") as path, open(path, "wb") as file:
+            torch.save(state, file)
         write_csv(self.out / "log.csv", ["stage", "step", "name", "value"], self.log)
 
     def restore(self):
@@ -389,9 +366,7 @@ class Run:
         try:
             if any(state[name] != value for name, value in self.identity().items()):
                 raise ValueError("other settings or data")
-            self.model.load_state_dict(state["model"])
-            for name, values in state["others"].items():
-                self.modules[name].load_state_dict(values)
+            self.modules.load_state_dict(state["modules"])
             for name in KEPT:
                 setattr(self, name, state[name])
             self.tables = {m: table.to(self.device) for m, table in self.tables.items()}
@@ -437,7 +412,6 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
     peaks = [group["lr"] for group in optimizer.param_groups]
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
-        run.optimizer_state = None
     todo = range(run.step, steps)
     for step in tqdm(todo, run.stage, steps, leave=False, disable=None, initial=run.step):
         run.busy, log = True, (step + 1) % max(1, steps // 50) == 0 or step + 1 == steps
@@ -471,9 +445,9 @@ def draw(n: int, size: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, n: int = 256) -> Tensor:
-    """function(x) without gradient, n rows at a time."""
-    return torch.cat([function(rows) for rows in x.split(n)])
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) without gradient, 256 rows at a time."""
+    return torch.cat([function(rows) for rows in x.split(256)])
 
 
 def latents_of(run: Run) -> Tensor:
@@ -588,12 +562,11 @@ def train_generator(run: Run, m: str, loss: Callable, **options) -> str:
             return {"loss": loss(item, run.prompt[item], prefs, generator)}
     fit(run, adamw(net, cfg.lr, cfg.weight_decay), cfg.steps, losses, **options)
     user, item = run.pairs(VALID)[:, :512]
-    if len(user):
-        prefs = run.model.user_tokens(user)[m]
-        with torch.no_grad():
-            value = loss(item, run.prompt[item], prefs, run.generator("validation"))
-        run.note(run.step, loss_validation=value)
-    return f"validation loss {run.log[-1][-1]:.4f}"
+    prefs = run.model.user_tokens(user)[m]
+    with torch.no_grad():
+        value = loss(item, run.prompt[item], prefs, run.generator("validation"))
+    run.note(run.step, loss_validation=value)
+    return f"validation loss {value:.4f}"
 
 
 def train_text(run: Run) -> str:
@@ -755,7 +728,7 @@ def shown(see: Tensor, told: Tensor) -> dict[str, dict[str, Tensor]]:
 def exact_measures(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, Tensor]:
     """Stickers: what referee and grammar find, (B,) each; the README's glossary explains them."""
     see, told = read(run, *content)
-    subject = torch.tensor([SUBJECTS.index(run.data.prompts[i][0]) for i in item.tolist()])
+    subject = torch.from_numpy(run.world.items)[item.cpu(), 0]
     found = {"prompt_image": see[:, 0] == subject, "prompt_text": told[:, 0] == subject,
              "consistency": agree(see, told), "grammatical": told[:, 0] >= 0}
     for m, values in shown(see, told).items():
@@ -787,26 +760,29 @@ def judge_measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
 
 def measures(run: Run, made: Made, likes: Tensor) -> dict[str, Tensor]:
     """Every measure of each pair, (B,) float64; nan where there is nothing to measure."""
-    found, texts = {}, run.model.tokenizer.decode_batch(made.own.tokens)
+    found, (user, item, _) = {}, made.pairs
     if run.world:
-        user, item, _ = made.pairs
-        found, others = (exact_measures(run, user, item, x) for x in (made.own, made.other))
-        found["consistency_repaired"] = agree(*read(run, made.own.images, made.again))
+        own, other = (exact_measures(run, user, item, x) for x in (made.own, made.other))
+        repaired = agree(*read(run, made.own.images, made.again))
+        found = own | {"consistency_repaired": repaired}
         for m in MODALITIES:
-            found[f"swap_{m}"] = swap_share(found[f"utility_{m}"], others[f"utility_{m}"])
+            found[f"swap_{m}"] = swap_share(own[f"utility_{m}"], other[f"utility_{m}"])
     found |= judge_measures(run, made, likes)
     learnt = {run.data.texts[i] for i in run.seen.tolist()}
+    texts = run.model.tokenizer.decode_batch(made.own.tokens)
     found["copied"] = torch.tensor([text in learnt for text in texts])
-    found, none = {n: v.double().cpu() for n, v in found.items()}, (made.again == 0).all(1).cpu()
-    return {n: v.masked_fill(none, math.nan) if "repaired" in n else v for n, v in found.items()}
+    found = {name: value.cpu().double() for name, value in found.items()}
+    for name in found:
+        if "repaired" in name:  # not measured where there is no other text
+            found[name][(made.again == 0).all(1).cpu()] = math.nan
+    return found
 
 
 def watch(run: Run):
     """Log the measures on 96 validation pairs: what does the reward do to them? The judge's taste
     of a user is made of validation likes alone: nothing of the test part is looked at."""
-    part = VALID if run.pairs(VALID).shape[1] else TRAIN
-    made = make(run, "after_reward", draw_pairs(run, part, 96), run.generator("watch"))
-    found = measures(run, made, run.pairs(part))
+    made = make(run, "after_reward", draw_pairs(run, VALID, 96), run.generator("watch"))
+    found = measures(run, made, run.pairs(VALID))
     run.note(run.step, **{f"valid_{n}": v.nanmean() for n, v in found.items() if n != "copied"})
 
 
@@ -849,25 +825,26 @@ def spread(run: Run, user: Tensor, item: Tensor, content: Content) -> dict[str, 
     """How much the S samples of each of G users differ (two with the same prompt are compared), and
     how near to the user's taste they are, (G,) each.
     user (G,), item (G, S), -1 where there is no sample; content: of the G * S samples."""
-    there, topic, n, found = item >= 0, run.topic[item], item.shape[1], {}
-    alike = (topic[:, :, None] == topic[:, None]) & there[:, :, None] & there[:, None]  # (G, S, S)
+    user, there, found = user.cpu(), (item >= 0).cpu(), {}
+    topic = run.topic[item].cpu().masked_fill(~there, -1)
+    alike = (topic[:, :, None] == topic[:, None]) & there[:, None]  # (G, S, S)
     for m, emb in embed(run.modules["judge"], content).items():
-        emb = emb.unflatten(0, (-1, n))  # (G, S, D)
+        emb = emb.cpu().unflatten(0, item.shape)  # (G, S, D)
         found[f"judge_variety_{m}"] = share_of_pairs(1 - emb @ emb.mT, alike)
     if not run.world:
         return found
-    same, there, alike = {}, there.cpu(), alike.cpu()
+    same = 1.0  # chance that two pictures show the same setting, times that of two texts
     for m, values in shown(*read(run, *content)).items():
         differ, near = [], []
         for attribute, value in values.items():
-            value = value.unflatten(0, (-1, n)).masked_fill(~there, -1)  # (G, S)
-            truth = torch.from_numpy(run.world.tastes[attribute])[user.cpu()]  # (G, values)
+            value = value.unflatten(0, item.shape).masked_fill(~there, -1)  # (G, S)
+            truth = torch.from_numpy(run.world.tastes[attribute])[user]  # (G, values)
             near.append(1 - total_variation(value, there.sum(1), truth))
             differ.append(share_of_pairs((value[:, :, None] != value[:, None]).double(), alike))
         found[f"variety_{m}"] = torch.stack(differ).mean(0)
         found[f"taste_{m}"] = torch.stack(near).mean(0)
-        same[m] = 1 - differ[0]  # chance that two samples show the same setting
-    found["consistency_bound"] = (same["image"] * same["text"]).sqrt()
+        same = same * (1 - differ[0])
+    found["consistency_bound"] = same.sqrt()
     return found
 
 
@@ -919,8 +896,7 @@ def quality_for(run: Run, user: Tensor, item: Tensor) -> dict[str, dict]:
         return {}
     content = make_for(run, "after_reward", user, item, run.generator("new users"))
     found = exact_measures(run, user, item, content)
-    names = ("consistency", "utility_image", "utility_text")
-    return {name: summarize(name, found[name], user) for name in names}
+    return {name: summarize(name, values, user) for name, values in found.items()}
 
 
 def evaluate_new_users(run: Run) -> dict[str, dict]:
@@ -947,22 +923,22 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
 def evaluate(run: Run) -> str:
     """Every variant on the test part, with intervals; what the reward changes, pair by pair; and
     people who were not in training."""
-    found, generation = {variant: evaluate_variant(run, variant) for variant in VARIANTS}, {}
+    found = {variant: evaluate_variant(run, variant) for variant in VARIANTS}
     likes = run.liked[1][run.fresh[run.liked[1]]]
     rows = draw(len(likes), run.train.pairs, run.generator("frechet"))
     reference = embed(run.modules["judge"], contents(run, likes[rows]))["image"]
+    generation = run.metrics["generation"] = {}
     for variant, values in found.items():
         emb, user = values.pop("frechet_image")
         generation[variant] = {name: summarize(name, *pair) for name, pair in values.items()}
         if len(emb) >= 20:  # else a tenth left out is next to nothing
             generation[variant]["frechet_image"] = frechet_interval(emb, reference, user)
-    after = found["after_reward"]
-    run.metrics["generation"] = generation
+    before, after = found["before_reward"], found["after_reward"]
     run.metrics["differences"] = {name: interval(after[name][0] - values, user)
-                                  for name, (values, user) in found["before_reward"].items()}
+                                  for name, (values, user) in before.items()}
     run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
-    was, now = (generation[variant][name]["mean"] for variant in VARIANTS[2:4])
+    was, now = (values[name][0].nanmean() for values in (before, after))
     return f"{name} {was:.3f} before, {now:.3f} after"
 
 
@@ -986,9 +962,7 @@ STAGES: dict[str, Callable[[Run], str]] = {
 
 def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
     """All of the stages that are not done yet. A line and a checkpoint at the end of each."""
-    for stage in stages:
-        if stage in run.done:
-            continue
+    for stage in [stage for stage in stages if stage not in run.done]:
         if run.stage != stage:
             run.stage, run.step, run.optimizer_state = stage, 0, None
         run.clock = clocks()
@@ -1050,16 +1024,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda if there is one)")
     groups = {name: parser.add_argument_group(name) for name in PARTS}
     for group, name, field, text in settings(PARTS):
-        kind, text = type(field.default), f"{text} ({field.default})".replace("%", "%%")
-        how = {"type": kind, "metavar": "N"}
-        if kind is bool:
+        how = {"type": type(field.default), "metavar": "N"}
+        if isinstance(field.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        text = f"{text} ({field.default})".replace("%", "%%")
         groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}",
                                    default=argparse.SUPPRESS, help=text, **how)
     args, given = parser.parse_args(argv), {group: {} for group in PARTS}
-    for key in [key for key in vars(args) if "." in key]:
-        group, name = key.split(".")
-        given[group][name] = getattr(args, key)
+    for key, value in vars(args).items():
+        group, _, name = key.rpartition(".")
+        if group:
+            given[group][name] = value
     return args, given
 
 
@@ -1070,19 +1045,18 @@ def build(values: dict[str, dict]) -> tuple[Config, TrainConfig]:
     return Config(**parts), train
 
 
-def read_config(out: Path | None) -> dict:
-    """config.json of the run in a folder; {} for no folder, or an empty one. Else ValueError."""
-    if out is None or not out.exists() or out.is_dir() and not any(out.iterdir()):
+def read_config(out: Path) -> dict:
+    """config.json of the run in a folder; {} where there is nothing yet. ValueError where something
+    else is."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return {}
-    if not (out / "config.json").exists():
-        raise ValueError(f"--out {out}: exists and is not a run; choose another --out")
     try:
         there = json.loads((out / "config.json").read_text(encoding="utf-8"))
         build(there["settings"])
-        return {key: there[key] for key in ("settings", "data", "fingerprint", "machine")}
+        return {key: there[key] for key in ("settings", "data", "machine")}
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"not the settings of a run ({type(error).__name__})"
-        raise ValueError(f"{out}/config.json: {what}; choose another --out") from None
+        why = f"exists and holds no config.json of a run ({type(error).__name__})"
+        raise ValueError(f"--out {out}: {why}; choose another --out") from None
 
 
 def new_folder(name: str) -> Path:
@@ -1098,10 +1072,8 @@ def is_running(process: str) -> bool:
     """Whether there is a process of that number; on Windows, where asking would end it: yes."""
     try:
         return os.name == "nt" or os.kill(int(process), 0) is None
-    except PermissionError:  # it is another user's
-        return True
-    except (OSError, ValueError, OverflowError):
-        return False
+    except (OSError, ValueError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it is another user's
 
 
 def lock(out: Path):
@@ -1109,13 +1081,11 @@ def lock(out: Path):
     path, mine = out / "lock", str(os.getpid())
     if path.exists() and not is_running(path.read_text()):
         path.unlink()
-    try:
-        with open(path, "x") as file:  # fails if another process was quicker
-            file.write(mine)
-    except FileExistsError:
-        if (owner := path.read_text()) != mine:
-            what = f"process {owner} trains in it; wait, or choose another"
-            raise ValueError(f"--out {out}: {what} (if none does, remove {path})") from None
+    with contextlib.suppress(FileExistsError), open(path, "x") as file:
+        file.write(mine)  # unless another process was quicker
+    if (owner := path.read_text()) != mine:
+        what = f"process {owner} trains in it; wait, or choose another"
+        raise ValueError(f"--out {out}: {what} (if none does, remove {path})")
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -1124,18 +1094,15 @@ def machine(device: torch.device) -> dict[str, str | int]:
             "numpy": np.__version__, "device": str(device), "threads": torch.get_num_threads()}
 
 
-def check_same(out: Path | None, config: dict, there: dict):
-    """ValueError unless what is asked is what the run in `out` was begun with. The folder of the
-    data may have moved: its content counts."""
-    if not there:
-        return
-    begun = there["settings"]
+def check_same(out: Path, config: dict, there: dict):
+    """ValueError unless what is asked is what the run in `out` was begun with, and it can go on.
+    The folder of the data may have moved: its content counts, which the checkpoint knows."""
+    if (out / "metrics.json").exists():
+        raise ValueError(f"--out {out}: this run is finished; choose another")
     differ = [flag_of(group, name) for group, part in config["settings"].items()
-              for name, value in part.items() if begun[group].get(name) != value]
+              for name, value in part.items() if there["settings"][group].get(name) != value]
     if (config["data"] is None) != (there["data"] is None):
         differ.append("--data")
-    if None not in (config["fingerprint"], there["fingerprint"]):
-        differ += ["content of the data"] * (config["fingerprint"] != there["fingerprint"])
     if differ:
         what = f"was begun with another {', '.join(differ[:5])}"
         raise ValueError(f"--out {out}: {what}; choose another --out")
@@ -1157,19 +1124,18 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     """A new run, or the unfinished one in --out. One rule: a folder whose config.json equals what
     is asked goes on where it was; --resume asks for what is there. ValueError or OSError where
     neither is possible."""
-    out = Path(args.out) if args.out else None
-    there = read_config(out)
+    out, world = Path(args.out) if args.out else None, None
+    there = read_config(out) if out else {}
     if args.resume and not there:
         raise ValueError("--resume: name a run that was begun, with --out")
-    if there and (out / "metrics.json").exists():
-        raise ValueError(f"--out {out}: this run is finished; choose another")
     base = there["settings"] if args.resume else SMOKE if args.smoke else {}
     cfg, train = build({name: base.get(name, {}) | given[name] for name in PARTS})
     device, folder = pick_device(args.device), there["data"] if args.resume else None
-    folder, world = os.path.abspath(args.data) if args.data else folder, None
+    folder = os.path.abspath(args.data) if args.data else folder
     config = {"settings": asdict(cfg) | {"train": asdict(train)}, "data": folder,
               "fingerprint": None, "machine": machine(device)}
-    check_same(out, config, there)
+    if there:
+        check_same(out, config, there)
     if folder is None:
         out = out or new_folder("smoke" if args.smoke else "stickers")
         folder, world = out / "stickers", sticker_world(train, cfg.method.seed)
@@ -1179,10 +1145,11 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     data = Dataset.load(folder, cfg.image.size, cfg.method.seed, train.min_rating or None,
                         train.drop_incomplete)
     config["fingerprint"] = data.fingerprint()
-    check_same(out, config, there)
-    if there and there["machine"] != config["machine"]:
+    if there.get("machine") not in (None, config["machine"]):
         data.notices.append(f"begun on {there['machine']}: the last bits may differ here")
     run = Run(cfg, train, data, world, out, device)
+    if there:
+        run.restore()
     run.out = out or new_folder(data.name)  # only now, when there is enough data for a run
     claim(run.out, config)
     return run
@@ -1202,8 +1169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, interrupt)
     try:
         run = open_run(args, given)
-        run.seconds["data"] = (clocks() - start).tolist()
-        run.restore()
+        run.seconds.setdefault("data", (clocks() - start).tolist())
         for notice in run.data.notices:
             say(f"note: {notice}")
         train_all(run)

@@ -42,9 +42,10 @@ def kill_at(moment: tuple[str, int]):
         count += 1
         if count == n if name else (args[1:] + (0,))[:2] == moment:
             if name == "save":
-                state, path = args
-                original(state, path)
-                os.truncate(path, os.path.getsize(path) // 2)
+                state, file = args
+                original(state, file)
+                file.truncate(file.tell() // 2)
+                file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
     setattr(*((module, name) if name else (train.Run, "generator")), hooked)

@@ -45,8 +45,7 @@ def open_row(base: Path, out: Path, **changes) -> train.Run:
 def take_over(run: train.Run, base: Path, stages: list[str]):
     """Every tensor that fits of the run in `base`, and all of its stages but those that are trained anew."""
     state = read_checkpoint(base / "checkpoint.pt")
-    theirs = {f"model.{name}": value for name, value in state["model"].items()}
-    theirs |= {f"{n}.{name}": value for n, other in state["others"].items() for name, value in other.items()}
+    theirs = state["modules"]
     mine = run.modules.state_dict()
     fits = {k: theirs[k] if k in theirs and theirs[k].shape == v.shape else v for k, v in mine.items()}
     run.modules.load_state_dict(fits)

@@ -33,7 +33,8 @@ from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainCon
 TRAIN_REFEREE = """if True:
     import sys, torch, train
     run = train.open_run(*train.parse_arguments(["--resume", "--out", sys.argv[1]]))
-    run.train, run.stage = train.TrainConfig(), "referee"
+    run = train.Run(run.cfg, train.TrainConfig(), run.data, run.world, run.out, run.device)
+    run.stage = "referee"
     train.train_referee(run)
     torch.save(run.modules["referee"].state_dict(), sys.argv[1] + "/referee.pt")"""
 
@@ -63,9 +64,7 @@ def restored_signals():
 def reopen(smoke, folder, *flags):
     """The smoke run, all stages done, in a copy of its folder that may be changed."""
     shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("metrics.json"))
-    run = train.open_run(*train.parse_arguments(["--resume", "--out", str(folder), *flags]))
-    run.restore()
-    return run
+    return train.open_run(*train.parse_arguments(["--resume", "--out", str(folder), *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -612,10 +611,10 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
     (["--device", "gpu"], "device gpu: not to be had here"), (["--data", "nowhere"], "nowhere: does not exist"),
     (["--resume"], "--resume: name a run that was begun, with --out"),
     (["--resume", "--out", "nowhere"], "--resume: name a run that was begun"),
-    (["--out", "file"], "--out file: exists and is not a run"), (["--out", "file/below"], "file/below"),
-    (["--out", "full"], "--out full: exists and is not a run"),
-    (["--out", "odd"], "odd/config.json: not the settings of a run"),
-    (["--resume", "--out", "odd"], "odd/config.json: not the settings of a run"), (["stray"], "stray")])
+    (["--out", "file"], "--out file: exists and holds no config.json of a run"), (["--out", "file/below"], "file/below"),
+    (["--out", "full"], "--out full: exists and holds no config.json of a run"),
+    (["--out", "odd"], "--out odd: exists and holds no config.json of a run"),
+    (["--resume", "--out", "odd"], "--out odd: exists and holds no config.json"), (["stray"], "stray")])
 def test_a_mistake_costs_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
@@ -707,8 +706,11 @@ def test_what_equals_the_run_that_is_there_goes_on(spare, capsys, no_end, argume
 
 def test_data_that_changed_since_is_noticed(spare, capsys):
     alter(spare.out / "stickers" / "interactions.csv", "u000,s", "u001,s")
+    before = digest(spare.out)
     assert main("--resume", "--out", spare.out) == 2
-    assert "was begun with another content of the data; choose" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "not of this run" in errors and "other settings or data" in errors
+    assert digest(spare.out) == before
 
 
 def test_another_machine_costs_one_line_and_no_run(spare, capsys, no_end):
@@ -732,10 +734,10 @@ def test_settings_that_were_edited_into_nonsense_cost_one_line(spare, capsys):
         (spare.out / "config.json").write_text(json.dumps(config | {"settings": settings}))
         assert main("--resume", "--out", spare.out) == 2
         errors = capsys.readouterr().err
-        assert re.fullmatch("train.py: error: .*config.json: not the settings of a run.*\n", errors)
+        assert re.fullmatch("train.py: error: --out .*: exists and holds no config.json of a run .*\n", errors)
 
 
-@pytest.mark.parametrize("name, value", [("model", 3), ("others", 3), ("others", {"judge": {}}),
+@pytest.mark.parametrize("name, value", [("modules", 3), ("modules", {"judge": {}}), ("seconds", None),
                                          ("tables", None), ("done", None), ("fingerprint", "0" * 64)])
 def test_a_checkpoint_of_something_else_does_not_fit(spare, name, value):
     path = spare.out / "checkpoint.pt"
