@@ -25,10 +25,7 @@ Shapes: U users, I items, R interactions, H picture height = width, D width, F f
 P prompt words, M = L preference tokens, T text length, V vocabulary, G groups, S samples in a
 group, C x h x h a latent.
 """
-from __future__ import annotations
-
 import argparse
-import codecs
 import contextlib
 import csv
 import difflib
@@ -39,7 +36,6 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -62,32 +58,16 @@ from reward import (RewardConfig, RewardParts, Scorer, best_pair, categorical_kl
                     gaussian_log_prob, leave_one_out, pair_reward, reinforce_loss)
 from vq import ResidualVQVAE, VQConfig
 
-TRAIN, VALID, TEST = 0, 1, 2               # parts of the interactions
-NEW = 3                                    # part of those of users who are kept out of all training
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")              # of a picture, in lower or upper case
-MAX_ID = 250                               # characters in an id
-MAX_PHRASES = 16                           # of a prompt: a generator's condition is short
-MAX_LISTED = 10                            # errors shown per file
-CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")     # NUL, newlines and their like
-NOT_IN_ID = {"user": CONTROL, "item": re.compile(CONTROL.pattern + r"|[/\\]")}
-# the columns of each file, the first two needed, and the names that they go by, the best last
-COLUMNS = {
-    "items.csv": {"item": "item", "text": "text", "prompt": "prompt"},
-    "interactions.csv": {"user": "user", "item": "item",
-                         "timestamp": "date time datetime timestamp",
-                         "rating": "click like label stars score rating"}}
-ALL_LIKES = "every row counts as a like; --min-rating R keeps rows of at least R"
-
-
-def _show(value: object) -> str:
-    """The value as Python writes it, control characters visible, cut to a line's length."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}...{text[-1]} ({len(text) - 2:,} characters)"
+MODALITIES = ("image", "text")
+# parts of the interactions; NEW: those of users who are kept out of all training
+TRAIN, VALID, TEST, NEW = range(4)
+FORMAT = "DPPMG checkpoint 2"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of a picture, in lower or upper case
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, newlines and their like
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
-MODALITIES = ("image", "text")
 SHARES = ("vq.ema_decay vq.revive_below text.null_rate image.null_rate image.ema "
           "reward.scorer_mirror reward.scorer_zoom reward.scorer_dropout reward.scorer_drop")
 # least and most of a setting; of others an integer is >= 1, a float >= 0
@@ -153,11 +133,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
-        """The Config whose asdict() this is. Raises ValueError or TypeError on anything else."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        if set(values) != set(kinds):
-            raise ValueError(f"settings of {', '.join(values)}; need {', '.join(kinds)}")
-        return cls(**{name: kind(**values[name]) for name, kind in kinds.items()})
+        """The Config whose asdict() this is. Raises KeyError, TypeError or ValueError on others."""
+        return cls(**{x.name: type(x.default)(**values[x.name]) for x in fields(cls)})
 
 
 def settings(parts: dict[str, type]) -> list[tuple]:
@@ -171,9 +148,6 @@ def settings(parts: dict[str, type]) -> list[tuple]:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-FORMAT = "DPPMG checkpoint 2"
-
-
 class CheckpointError(ValueError):
     """What is wrong with a checkpoint file, and the file's name."""
 
@@ -182,8 +156,7 @@ class CheckpointError(ValueError):
 def replacing(path: str | Path):
     """Yields the name of a temporary file beside `path`, which then takes its place at once: a
     reader sees the old file or the new one, never half of it; after an error the old one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -195,14 +168,11 @@ def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint's values; no code in it is run. Raises CheckpointError on anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; need a run of train.py") from None
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format is {checkpoint['format']!r:.40}")
     except Exception as error:  # a damaged zip or pickle makes torch.load raise nearly anything
-        what = f"not a checkpoint, or damaged ({type(error).__name__})"
-        raise CheckpointError(f"{path}: {what}: need {FORMAT!r}") from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: format is {_show(found)}, need {FORMAT!r}")
+        what = f"not a checkpoint of train.py, or damaged: {error!r:.80}"
+        raise CheckpointError(f"{path}: {what}; need {FORMAT!r}") from None
     return checkpoint
 
 
@@ -214,9 +184,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         return torch.Generator(torch.zeros(1, device=name).device).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: not to be had here ({why}); try cpu") from None
-
+        why = f"not to be had here ({str(error).splitlines()[0]})"
+        raise ValueError(f"--device {name}: {why}; try cpu") from None
 
 
 def forgive_terminals():
@@ -227,11 +196,9 @@ def forgive_terminals():
 
 
 def say(line: str):
-    """Print a line. Neither characters that the terminal lacks nor a reader who has gone away
-    (`| head`) ends the program."""
-    coding = sys.stdout.encoding or "utf-8"
+    """Print a line. A reader who has gone away (`| head`) does not end the program."""
     try:
-        print(line.encode(coding, "replace").decode(coding), flush=True)
+        print(line, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -248,9 +215,8 @@ def parse_prompt(prompt: str) -> tuple[str, ...]:
 
 def known(value: object, names: Sequence[str]) -> str:
     """What could have been meant: the nearest of the names, and how many there are."""
-    near = difflib.get_close_matches(str(value), names, n=8, cutoff=0.5) or list(names[:8])
-    more = f" and {len(names) - len(near):,} more" if len(near) < len(names) else ""
-    return f"known are {', '.join(near)}{more}"
+    near = difflib.get_close_matches(str(value), names, n=8, cutoff=0.5) or names[:8]
+    return f"known are {', '.join(near)} ({len(names):,} in all)"
 
 
 @dataclass(eq=False)
@@ -270,24 +236,23 @@ class Catalogue:
     item: Tensor
 
     @classmethod
-    def of(cls, data: Dataset, tokenizer: Tokenizer) -> "Catalogue":
+    def of(cls, data: "Dataset", tokenizer: Tokenizer) -> "Catalogue":
         """The catalogue of a data set and the tokenizer trained on its texts."""
         user, item = data.pairs(TRAIN)
         longest = max(len(tokenizer.encode(data.texts[i])) for i in item.unique().tolist()) + 1
-        n_words = max(1, *map(len, data.prompts))
-        return cls(data.name, data.user_ids, data.item_ids, data.words, n_words, longest,
-                   tokenizer.state(), user, item)
+        return cls(data.name, data.user_ids, data.item_ids, data.words,
+                   max(1, *map(len, data.prompts)), longest, tokenizer.state(), user, item)
 
     def place(self, kind: str, names: Iterable[object]) -> list[int]:
         """Numbers of some of a kind ("user", "item", "prompt word"), whose names are compared as
         strings. Raises ValueError on one that is not known."""
-        all_names = {"user": self.user_ids, "item": self.item_ids, "prompt word": self.words}[kind]
-        index = {name: n for n, name in enumerate(all_names)}
+        there = {"user": self.user_ids, "item": self.item_ids, "prompt word": self.words}[kind]
+        number = {name: n for n, name in enumerate(there)}
         try:
-            return [index[str(name)] for name in names]
+            return [number[str(name)] for name in names]
         except KeyError as error:
             name = error.args[0]
-            raise ValueError(f"unknown {kind} {_show(name)}: {known(name, all_names)}") from None
+            raise ValueError(f"unknown {kind} {name!r:.60}: {known(name, there)}") from None
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Phrases -> (B, P) int64, P >= max_words, padded with 0. ValueError on an unknown one."""
@@ -299,18 +264,13 @@ class Catalogue:
 
 # ---- the method ----------------------------------------------------------------------------------
 
+PerModality = dict[str, Tensor]  # "image", "text" -> what belongs to it
+
+
 class Generated(NamedTuple):
     """What is made for somebody: a picture (H x H RGB) and a text."""
     image: Image.Image
     text: str
-
-
-class Rollout(NamedTuple):
-    """Samples of a policy: latents (G S, C, h, h) or text tokens (G S, T); their log-probabilities
-    (G S,), differentiable in the table; and KL () from the reference table's policy; nats."""
-    content: Tensor
-    log_prob: Tensor
-    kl: Tensor
 
 
 class ReinforceStep(NamedTuple):
@@ -375,7 +335,7 @@ class DPPMG(nn.Module):
     # stage 1
 
     @torch.no_grad()
-    def update_preferences(self, preference: dict[str, Tensor], user: Tensor | slice = slice(None)):
+    def update_preferences(self, preference: PerModality, user: Tensor | slice = slice(None)):
         """Take over these users' rows of preference[m] (U, D), or all, and quantize them."""
         for m, taste in self.modality.items():
             taste.preference[user] = preference[m][user]
@@ -401,21 +361,21 @@ class DPPMG(nn.Module):
         features = getattr(self, f"{modality}_features")(content)
         return (preference * self.gnn.embed_content(modality, features)).sum(1)
 
-    def user_tokens(self, user: Tensor) -> dict[str, Tensor]:
+    def user_tokens(self, user: Tensor) -> PerModality:
         """Preference tokens {m: (B, M)} of training users (B,) int64."""
         return {m: taste.tokens[user] for m, taste in self.modality.items()}
 
     @torch.no_grad()
-    def fold_in(self, histories: Sequence[Sequence[object]]) -> dict[str, Tensor]:
+    def fold_in(self, histories: Sequence[Sequence[object]]) -> PerModality:
         """Preference tokens {m: (B, M)} of people who were not in training, each from the ids of
         the items they like, propagated once through the graph formula and quantized: nothing is
         trained. Raises ValueError on no history, an empty one, or an unknown item."""
-        if not histories or not all(map(len, histories)):
-            raise ValueError("an empty history says nothing: give at least one item")
         items = [self.catalogue.place("item", history) for history in histories]
+        if not items or not all(items):
+            raise ValueError("an empty history says nothing: give at least one item")
         pairs = [(n, i) for n, row in enumerate(items) for i in row]
         user, item = torch.tensor(pairs, device=self.graph.col.device).T
-        preference = self.gnn.fold_in(self.graph, user, item, len(histories))
+        preference = self.gnn.fold_in(self.graph, user, item, len(items))
         return {m: self.modality[m].quantize(p) for m, p in preference.items()}
 
     # stage 2
@@ -424,9 +384,10 @@ class DPPMG(nn.Module):
         """DEVIATION 20: within it the generators compute in bf16, on GPUs and processors with
         instructions for it. Weights, attention on the CPU, sums and log-probabilities stay fp32."""
         kind = self.graph.col.device.type
-        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
-        if self.cfg.method.bf16 and fast.get(kind, bool)():
+        fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if kind == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        if fast and self.cfg.method.bf16:
             return torch.autocast(kind, torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -444,7 +405,7 @@ class DPPMG(nn.Module):
             return sample_text(self.text, prompt, prefs, generator, longest)
 
     @torch.no_grad()
-    def sample_pairs(self, prompt: Tensor, prefs: dict[str, Tensor], generator: Generator | None,
+    def sample_pairs(self, prompt: Tensor, prefs: PerModality, generator: Generator | None,
                      best_of: int = 1, batch: int = 256) -> tuple[Tensor, Tensor]:
         """An image (B, 3, H, H) in [-1, 1] and a text (B, T) of tokens for each prompt (B, P) and
         prefs[m] (B, M). best_of n > 1: of n images and 2 n texts the pair with the highest reward;
@@ -466,7 +427,7 @@ class DPPMG(nn.Module):
             texts.append(text)
         return torch.cat(images), torch.cat(texts)
 
-    def _score_groups(self, preference: dict[str, Tensor], latents: Tensor, images: Tensor,
+    def _score_groups(self, preference: PerModality, latents: Tensor, images: Tensor,
                       texts: Tensor) -> tuple[Tensor, ...]:
         """What the reward is made of, for G groups of S images and of S texts, each made for one
         preference[m] (G, D): embeddings (G, S, D) of images and texts, their scores (G, S)."""
@@ -475,24 +436,22 @@ class DPPMG(nn.Module):
             found.append(self.score(m, p.repeat_interleave(len(content) // len(p), 0), content))
         return tuple(x.unflatten(0, (len(p), -1)) for x in found)
 
-    def generate(self, prompt: str, user: object = None, history: Sequence[object] | None = None,
-                 n: int = 1, seed: int = 0, best_of: int = 1) -> list[Generated]:
-        """n pairs for the prompt (phrases parted by commas) and a training user's id, or the items
-        that somebody likes who was not in training, or neither: unpersonalized. best_of k > 1: each
-        is the best by the reward of k pictures and 2 k texts. ValueError on what is not known."""
-        if user is not None and history is not None:
-            raise ValueError("give a user or a history, not both")
-        for name, value in (("n", n), ("best_of", best_of)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: need {name} >= 1")
+    def generate(self, prompt: str, person: object = None, n: int = 1, seed: int = 0,
+                 best_of: int = 1) -> list[Generated]:
+        """n pairs for the prompt (phrases parted by commas) and a person: the id of a training
+        user, or a list of items that somebody likes who was not in training, or None:
+        unpersonalized. best_of k > 1: each is the best by the reward of k pictures and 2 k texts.
+        Raises ValueError on what is not known."""
+        if min(n, best_of) < 1:
+            raise ValueError(f"n={n}, best_of={best_of}: both need to be at least 1")
         device = self.graph.col.device
         words = self.catalogue.encode_prompts([parse_prompt(prompt)]).to(device)
-        prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
-        if user is not None:
-            place = self.catalogue.place("user", [user])
-            prefs = self.user_tokens(torch.tensor(place, device=device))
-        elif history is not None:
-            prefs = self.fold_in([history])
+        if person is None:
+            prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
+        elif isinstance(person, str) or not isinstance(person, Iterable):
+            prefs = self.user_tokens(self.catalogue.place("user", [person]))
+        else:
+            prefs = self.fold_in([person])
         prefs = {m: tokens.expand(n, -1) for m, tokens in prefs.items()}
         generator = torch.Generator(device).manual_seed(seed % 2**63)
         images, tokens = self.sample_pairs(words.expand(n, -1), prefs, generator, best_of)
@@ -500,34 +459,34 @@ class DPPMG(nn.Module):
 
     # the reward
 
-    def reinforce_step(self, user: Tensor, prompt: Tensor, reference: dict[str, Tensor],
+    def reinforce_step(self, user: Tensor, prompt: Tensor, reference: PerModality,
                        generator: Generator | None) -> ReinforceStep:
         """Sample groups of images and texts, score them, and give the surrogate loss of both token
         tables. user (G,) int64, prompt (G, P); reference: the tables from which the KL is measured.
         Frozen: all but the tables.
         DEVIATION 10: every image is scored against all texts of its group."""
         cfg, prefs = self.cfg.reward, self.user_tokens(user)
-        image = self._rollout_images(prompt, prefs["image"], reference["image"], generator)
-        text = self._rollout_texts(prompt, prefs["text"], reference["text"], generator)
+        latents, log_p_image, kl_image = self._rollout_images(prompt, prefs, reference, generator)
+        texts, log_p_text, kl_text = self._rollout_texts(prompt, prefs, reference, generator)
         with torch.no_grad():
             preference = {m: self.modality[m].preference[user] for m in MODALITIES}
-            images = self.decode_latents(image.content)
-            found = self._score_groups(preference, image.content, images, text.content)
+            found = self._score_groups(preference, latents, self.decode_latents(latents), texts)
             reward_image, reward_text, parts = pair_reward(*found, cfg)
-        loss = reinforce_loss(image.log_prob, leave_one_out(reward_image).flatten())
-        loss = loss + reinforce_loss(text.log_prob, leave_one_out(reward_text).flatten())
-        loss = loss + cfg.kl_image * image.kl + cfg.kl_text * text.kl
-        return ReinforceStep(loss, parts, image.kl.detach(), text.kl.detach())
+        loss = reinforce_loss(log_p_image, leave_one_out(reward_image).flatten())
+        loss = loss + reinforce_loss(log_p_text, leave_one_out(reward_text).flatten())
+        loss = loss + cfg.kl_image * kl_image + cfg.kl_text * kl_text
+        return ReinforceStep(loss, parts, kl_image.detach(), kl_text.detach())
 
-    def _rollout_images(self, prompt: Tensor, prefs: Tensor, reference: Tensor,
-                        generator: Generator | None) -> Rollout:
-        """S_i images for each prompt (G, P) and prefs (G, M), the log-probability of each one's
-        first step and its KL from the reference table's.
+    def _rollout_images(self, prompt: Tensor, prefs: PerModality, reference: PerModality,
+                        generator: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """S images for each prompt (G, P) and prefs[m] (G, M): latents (G S, C, h, h), the
+        log-probabilities (G S,) of their first steps, and the KL () of these from the reference
+        table's; in nats, differentiable in the table.
         DEVIATION 11: only the first step is differentiated, as if the later ones knew the starting
         tokens: what a picture shows is decided there, and each other step adds variance.
         DEVIATION 23: a group's images share their noise, and so their first step's mean; what the
         noise decides is then part of the baseline."""
-        net, n = self.image, self.cfg.reward.images
+        net, n, prefs = self.image, self.cfg.reward.images, prefs["image"]
         times = sampling_times(self.cfg.reward.diffusion_steps)
         noise, (t, s) = net.noise(len(prompt), generator), times[:2]
 
@@ -536,35 +495,36 @@ class DPPMG(nn.Module):
                 v = guided_v(net, noise, t, prompt, prefs, guidance_at(t, net.cfg))
             return ddim_step(noise, v, t, s, net.cfg.eta)
         mean, std = first_step()  # (G, C, h, h), ()
-        with torch.no_grad(), table_as(net, reference):
+        with torch.no_grad(), table_as(net, reference["image"]):
             start, _ = first_step()
         kl = gaussian_kl(mean, start, std).mean()
-        # here the images of a group part: (G, ..) -> (G S_i, ..)
+        # here the images of a group part: (G, ..) -> (G S, ..)
         mean, prompt, prefs = (x.repeat_interleave(n, 0) for x in (mean, prompt, prefs))
         z = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         z = mean.detach() + std * z
         with self.half():
             latents = denoise(net, z, times[1:], prompt, prefs, generator)
-        return Rollout(latents, gaussian_log_prob(z, mean, std), kl)
+        return latents, gaussian_log_prob(z, mean, std), kl
 
-    def _rollout_texts(self, prompt: Tensor, prefs: Tensor, reference: Tensor,
-                       generator: Generator | None) -> Rollout:
-        """S_t texts for each prompt (G, P) and prefs (G, M), their log-probabilities, and the KL of
-        the policy, before its nucleus is cut out (else it were infinite), from the reference's.
+    def _rollout_texts(self, prompt: Tensor, prefs: PerModality, reference: PerModality,
+                       generator: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """S texts for each prompt (G, P) and prefs[m] (G, M): tokens (G S, T), their
+        log-probabilities (G S,), and the KL () of the policy, before its nucleus is cut out (else
+        it were infinite), from the reference table's.
         DEVIATION 24: drawn from the nucleus that users see; what that lets drift, the KL holds."""
         cfg, n = self.text.cfg, self.cfg.reward.texts
-        prompt, prefs = prompt.repeat_interleave(n, 0), prefs.repeat_interleave(n, 0)
-        tokens = self.sample_tokens(prompt, prefs, generator)  # (G S_t, T)
+        prompt, prefs = (x.repeat_interleave(n, 0) for x in (prompt, prefs["text"]))
+        tokens = self.sample_tokens(prompt, prefs, generator)  # (G S, T)
         with self.half():
-            cond = self.text(tokens, prompt, prefs)  # (G S_t, T, V)
+            cond = self.text(tokens, prompt, prefs)  # (G S, T, V)
             with torch.no_grad():  # what REINFORCE changes is not in the null branch
                 null = self.text(tokens, prompt, torch.full_like(prefs, -1))
-                with table_as(self.text, reference):
+                with table_as(self.text, reference["text"]):
                     start = self.text(tokens, prompt, prefs)
         whole = replace(cfg, top_p=1.0)
         now, start = (sampling_logits(logits, null, whole) for logits in (cond, start))
         kl = categorical_kl(now, start, tokens != PAD).mean()
-        return Rollout(tokens, text_log_prob(cond, null, tokens, cfg), kl)
+        return tokens, text_log_prob(cond, null, tokens, cfg), kl
 
     # files
 
@@ -575,18 +535,19 @@ class DPPMG(nn.Module):
 
     @classmethod
     def load(cls, run: str | Path, device: str | None = "cpu") -> "DPPMG":
-        """The model of a run (folder or checkpoint file). Raises CheckpointError."""
+        """The model of a run (folder or checkpoint file). Raises CheckpointError, and ValueError on
+        a device that is not here."""
         path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
         checkpoint, device = read_checkpoint(path), pick_device(device)
-        if "reward" not in (done := checkpoint.get("done") or []):
-            what = f"training is not finished, done is {_show(done)}"
-            raise CheckpointError(f"{path}: {what}; go on with train.py --resume")
         try:
+            if "reward" not in checkpoint["done"]:
+                done = f"training is not finished, done is {checkpoint['done']}"
+                raise ValueError(f"{done}; go on with train.py --resume")
             config = Config.from_dict(checkpoint["config"])
             model = cls(config, Catalogue(**checkpoint["catalogue"]))
             model.load_state_dict(checkpoint["model"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            why = f"not a model of this version {str(error)!r:.200}"
+            why = f"no finished model of this version: {str(error)!r:.200}"
             raise CheckpointError(f"{path}: {why}") from None
         return model.eval().to(device)
 
@@ -597,14 +558,27 @@ class DPPMG(nn.Module):
         return self
 
 
-class DataError(ValueError):
-    """All that is wrong with a data folder, `file:line: what 'value'` a line, and what is needed:
+# ---- reading a folder ----------------------------------------------------------------------------
 
-    interactions.csv   user,item[,timestamp]   number or ISO 8601 date; --min-rating needs a rating
+# the columns of each file, the first two needed, and the names that they go by, the best last
+COLUMNS = {
+    "items.csv": {"item": "item", "text": "text", "prompt": "prompt"},
+    "interactions.csv": {"user": "user", "item": "item",
+                         "timestamp": "date time datetime timestamp",
+                         "rating": "click like label stars score rating"}}
+ALL_LIKES = "every row counts as a like; --min-rating R keeps rows of at least R"
+MAX_PHRASES = 16  # of a prompt: a generator's condition is short
+MAX_LISTED = 10  # errors shown per file
+
+
+class DataError(ValueError):
+    """All that is wrong with a data folder, `file:line: what` a line, and what is needed:
+
+    interactions.csv   user,item[,timestamp]   numbers or ISO 8601 dates; --min-rating needs rating
     items.csv          item,text[,prompt]      each item once; prompt: phrases parted by commas
-    images/ITEM.png    (.jpg .jpeg .webp)      one for each item, of any size and mode
+    images/ITEM.png    (.jpg .jpeg .webp)      one for each item, of any size and mode, no link out
     CSV in UTF-8, as many values in a row as in the header, "..." around one that holds a comma;
-    ids of 1 to 250 characters, none of them a control character, in items no / and \\ either"""
+    --drop-incomplete leaves out items without a text or a readable picture"""
 
 
 def _plain(name: str) -> str:
@@ -612,15 +586,13 @@ def _plain(name: str) -> str:
     return re.sub(r"^0+(?=\d)|\.0$", "", normalize("NFC", name).strip().casefold())
 
 
-def _number(column: str, value: str) -> float:
-    """A finite number, or the seconds from 1970 to an ISO 8601 date, in UTC if it does not say."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(float(value)):
-            return float(value)
-    with contextlib.suppress(ValueError):
+def _time(value: str) -> tuple[float, str]:
+    """A number, or the seconds from 1970 to an ISO 8601 date, in UTC if it does not say; which."""
+    try:
+        return float(value), "number"
+    except ValueError:
         date = datetime.fromisoformat(value.strip())
-        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
-    raise ValueError(f"{column} {_show(value)} is neither a number nor a date")
+        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp(), "date"
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
@@ -633,149 +605,144 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
     with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
         file.draft("RGB", (2 * size, 2 * size))
         image = ImageOps.exif_transpose(file)
-    # 16-bit grey: convert("RGB") would clip it at 255
+    # 16-bit grey: convert("RGBA") would clip it at 255
     if image.mode.startswith("I"):
         image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-# ---- reading a folder --------------------------------------------------------------------------
+class _Folder:
+    """What was found in a data folder so far: what is good, errors, and counts of what is odd.
 
-class _Found:
-    """What was found in a folder so far: what is good, errors, and notices: counts of what is odd.
-
-    place: file and line; gaps: errors of items that may be left out; users, items: number of each
-    id, -1 of an item left out; unknown: number of an id that is not in items.csv; kept: (item,
-    text, prompt, picture) by number; likes: time of each (user, item) number; ids: those of each
-    kind that look alike; pictures: file names by stem."""
+    place: file and line; errors: message by place; gaps: places of items without text or picture;
+    items, users: number of each id, -1 of an item left out; unknown: number of an id that is not in
+    items.csv; kept: (item, text, prompt, picture) by number; likes: time of each (user, item)
+    number; clock: what timestamps are; ids: those of each kind that look alike; pictures: by stem.
+    """
 
     def __init__(self, folder: str | Path, size: int, min_rating: float | None):
-        self.root, self.size, self.min_rating = Path(os.path.realpath(folder)), size, min_rating
-        self.place, self.errors, self.gaps, self.notices = "", [], [], Counter()
-        self.users, self.items, self.unknown, self.kept, self.likes = {}, {}, None, [], {}
-        self.ids, self.pictures = defaultdict(dict), defaultdict(list)
-        if not os.path.isdir(self.root / "images"):
-            raise DataError(f"{folder}: does not exist, or holds no folder images/")
+        self.root, self.size, self.min_rating = Path(folder).resolve(), size, min_rating
+        self.place, self.errors, self.gaps, self.notices = "", {}, set(), Counter()
+        self.items, self.users, self.unknown, self.kept, self.likes = {}, {}, None, [], {}
+        self.clock, self.ids, self.pictures = None, defaultdict(dict), defaultdict(list)
         for path in sorted(self.root.glob("images/*")):
-            if path.suffix.lower() in SUFFIXES:
-                self.pictures[normalize("NFC", path.stem)].append(path.name)
+            if path.suffix.lower() in SUFFIXES and self.holds(path):
+                self.pictures[normalize("NFC", path.stem)].append(path)
 
+    def holds(self, path: Path) -> bool:
+        """Is it a file of the folder, and no link out of it, which may come from anywhere?"""
+        return path.is_file() and path.resolve().is_relative_to(self.root)
 
-def _inside(root: Path, *parts: str) -> Path:
-    """The path of a file in the folder. No link may lead out of it: it may come from anywhere."""
-    path = Path(os.path.realpath(root.joinpath(*parts)))
-    if path.is_relative_to(root) and path.is_file():
-        return path
-    raise ValueError("no such file in the folder, where links out of it do not count")
+    def find_columns(self, file: str, header: list[str]) -> dict[str, str]:
+        """The name in the header of each of COLUMNS[file] that is there."""
+        known = COLUMNS[file]
+        needed = [*known][:2] + ["rating"] * ("rating" in known and self.min_rating is not None)
+        found = {c: name for c in known for name in known[c].split() if name in header}
+        ignored = [name for name in header if name not in found.values()]
+        if not found.keys() >= {*needed} or len(found) + len(ignored) != len(header):
+            raise ValueError(f"the header {','.join(header)!r:.60} needs {needed}, each once")
+        self.notices[f"columns of {file} ignored: {', '.join(ignored)!r:.60}"] = len(ignored)
+        if "rating" in found and self.min_rating is None:
+            self.notices[f"column {found['rating']!r}: {ALL_LIKES}"] = 1
+        return found
 
-
-def _find_columns(found: _Found, file: str, header: list[str]) -> dict[str, str]:
-    """The name in the header of each of COLUMNS[file] that is there."""
-    known = COLUMNS[file]
-    needed = [*known][:2] + ["rating"] * (found.min_rating is not None and "rating" in known)
-    names = {column: name for column in known for name in known[column].split() if name in header}
-    ignored = [name for name in header if name not in names.values()]
-    if not names.keys() >= {*needed} or len(names) + len(ignored) != len(header):
-        raise ValueError(f"the header {_show(','.join(header))} needs {needed}, each once")
-    found.notices[f"columns of {file} ignored: {_show(', '.join(ignored))}"] = len(ignored)
-    if "rating" in names and "rating" not in needed:
-        found.notices[f"column {_show(names['rating'])}: {ALL_LIKES}"] = 1
-    return names
-
-
-def _read(found: _Found, file: str, take: Callable):
-    """take(found, column=value, ...) each row of a CSV file; note what is raised, and where."""
-    found.place = f"{file}:1"
-    try:
-        data = _inside(found.root, file).read_bytes().removeprefix(codecs.BOM_UTF8)
-        comma = chr(max(b",;\t", key=data.lstrip().partition(b"\n")[0].count))
-        # a NUL, of which UTF-16 is full, is no more welcome than 0xff, which UTF-8 never holds
-        lines = map(bytes.decode, data.replace(b"\0", b"\xff").splitlines(keepends=True))
-        rows = csv.reader(lines, delimiter=comma, strict=True)
-        header = [name.strip().casefold() for name in next(filter(any, rows), [])]
-        found.notices[f"columns of {file} separated by {comma!r}"] = len(header) * (comma != ",")
-        names = _find_columns(found, file, header)
-        found.place = f"{file}:{rows.line_num + 1}"
-        for row in rows:
-            values = dict(zip(header, row))
-            try:
+    def read(self, file: str, take: Callable):
+        """take(column=value, ...) each row of a CSV file; note what it raises, and where."""
+        self.place = f"{file}:1"
+        try:
+            if not self.holds(self.root / file):
+                raise ValueError("no such file in the folder, where links out of it do not count")
+            data = (self.root / file).read_bytes()
+            comma = chr(max(b",;\t", key=data.lstrip().partition(b"\n")[0].count))
+            lines = (line.decode("utf-8-sig") for line in data.splitlines(keepends=True))
+            rows = csv.reader(lines, delimiter=comma, strict=True)
+            header = [name.strip().casefold() for name in next(filter(any, rows), [])]
+            self.notices[f"columns of {file} separated by {comma!r}"] = len(header) * (comma != ",")
+            columns = self.find_columns(file, header)
+            self.place = f"{file}:{rows.line_num + 1}"
+            for row in rows:
                 if any(map(str.strip, row)):
-                    if len(row) != len(header):
-                        raise ValueError(f"{len(row)} values, but {len(header)} in the header")
-                    take(found, **{column: values[name] for column, name in names.items()})
-            except ValueError as error:
-                found.errors.append(f"{found.place}: {error}")
-                found.items.setdefault(values.get("item"), -1)
-            found.place = f"{file}:{rows.line_num + 1}"
-    except (OSError, ValueError, csv.Error) as error:
-        found.errors.append(f"{found.place}: {error}")
-        found.unknown = -1
+                    self.take(take, columns, header, row)
+                self.place = f"{file}:{rows.line_num + 1}"
+        except (OSError, ValueError, csv.Error) as error:
+            self.errors[self.place] = str(error)
+            self.unknown = -1
 
+    def take(self, take: Callable, columns: dict[str, str], header: list[str], row: list[str]):
+        """take(column=value, ...) a row; note what it raises, of which item."""
+        values = dict(zip(header, row))
+        try:
+            if len(row) != len(header):
+                raise ValueError(f"{len(row)} values, but {len(header)} in the header")
+            take(**{column: values[name] for column, name in columns.items()})
+        except Exception as error:  # a damaged picture makes Pillow raise nearly anything
+            self.errors[self.place] = f"item {values.get('item')!r:.60}: {error}"
+            self.items.setdefault(values.get("item"), -1)
 
-def _check_id(found: _Found, kind: str, name: str):
-    """ValueError unless this can be an id."""
-    if not name.strip() or NOT_IN_ID[kind].search(name) or len(name) > MAX_ID:
-        raise ValueError(f"{kind} {_show(name)} cannot be an id")
-    found.ids[kind, _plain(name)][name] = None
+    def check_id(self, kind: str, name: str):
+        """ValueError unless this can be an id; whether others look like it is asked at the end."""
+        if not name.strip() or CONTROL.search(name):
+            raise ValueError(f"{kind} {name!r:.60} cannot be an id")
+        self.ids[kind, _plain(name)][name] = None
 
+    def take_item(self, item: str, text: str, prompt: str = ""):
+        """Keep an item and its picture."""
+        self.check_id("item", item)
+        if item in self.items:
+            raise ValueError("is there twice")
+        self.items[item] = -1
+        self.gaps.add(self.place)  # until it is seen to have both
+        pictures = self.pictures.pop(normalize("NFC", item), [])
+        if not text.strip() or len(pictures) != 1:
+            names = [path.name for path in pictures]
+            raise ValueError(f"text {text!r:.60} and pictures {names}: need one of each")
+        image = read_image(pictures[0], self.size)
+        self.gaps.remove(self.place)
+        phrases = parse_prompt(prompt)
+        self.items[item] = len(self.kept)
+        self.kept.append((item, text, phrases[:MAX_PHRASES], image))
+        self.notices["prompts split at | or [...] as at commas"] += "|" in prompt or "[" in prompt
+        self.notices[f"prompts cut to {MAX_PHRASES} phrases"] += len(phrases) > MAX_PHRASES
 
-def _take_item(found: _Found, item: str, text: str, prompt: str = ""):
-    """Keep an item and its picture, or note what it lacks."""
-    _check_id(found, "item", item)
-    if item in found.items:
-        raise ValueError(f"item {_show(item)} is there twice")
-    found.items[item] = -1
-    files = found.pictures.pop(normalize("NFC", item), [])
-    try:
-        if not text.strip() or len(files) != 1:
-            raise ValueError("need one of each")
-        image = read_image(_inside(found.root, "images", files[0]), found.size)
-        found.items[item] = len(found.kept)
-        found.kept.append((item, text, parse_prompt(prompt)[:MAX_PHRASES], image))
-        found.notices["prompts split at | or [...] as at commas"] += "|" in prompt or "[" in prompt
-        found.notices["prompts cut to 16 phrases"] += len(parse_prompt(prompt)) > MAX_PHRASES
-    # a damaged file makes Pillow's decoders raise nearly anything
-    except Exception as error:
-        has = f"item {_show(item)} has text {_show(text)} and pictures {_show(files)}"
-        found.gaps.append(f"{found.place}: {has}: {CONTROL.sub(' ', str(error))}")
+    def take_like(self, user: str, item: str, timestamp: str = "0", rating: str = ""):
+        """Keep a user and an item at their earliest time."""
+        number = self.items.get(item, self.unknown)
+        if number is None:
+            near = [f"; did you mean {name!r}?" for name in self.ids["item", _plain(item)]]
+            raise ValueError(f"not in items.csv{''.join(near)}")
+        self.check_id("user", user)
+        time, kind = _time(timestamp)
+        self.clock = self.clock or kind
+        if kind != self.clock or not math.isfinite(time):
+            raise ValueError(f"timestamp {timestamp!r}: need a finite {self.clock}, as above")
+        if self.min_rating is not None and not float(rating) >= self.min_rating:
+            self.notices[f"interactions not rated {self.min_rating:g} or more left out"] += 1
+        elif number < 0:
+            self.notices["interactions with these items left out"] += 1
+        else:
+            pair = self.users.setdefault(user, len(self.users)), number
+            self.notices["repeated interactions merged, the earliest kept"] += pair in self.likes
+            self.likes[pair] = min(time, self.likes.get(pair, time))
 
-
-def _take_like(found: _Found, user: str, item: str, timestamp: str = "0", rating: str = ""):
-    """Keep a user and an item at their earliest time."""
-    number = found.items.get(item, found.unknown)
-    if number is None:
-        near = [f"; did you mean {_show(name)}?" for name in found.ids["item", _plain(item)]]
-        raise ValueError(f"item {_show(item)} is not in items.csv{''.join(near)}")
-    _check_id(found, "user", user)
-    time = _number("timestamp", timestamp)
-    if found.min_rating is not None and _number("rating", rating) < found.min_rating:
-        found.notices[f"interactions rated below {found.min_rating:g} left out"] += 1
-    elif number < 0:
-        found.notices["interactions with these items left out"] += 1
-    else:
-        pair = found.users.setdefault(user, len(found.users)), number
-        found.notices["repeated interactions merged, the earliest kept"] += pair in found.likes
-        found.likes[pair] = min(time, found.likes.get(pair, time))
-
-
-def _raise_errors(found: _Found, gaps: list[str]):
-    """DataError with the first MAX_LISTED errors of each file; more are in a temporary file."""
-    errors = found.errors + gaps
-    lines = [f"{found.root}: {len(errors):,} problem(s) in the data"]
-    for file in COLUMNS:
-        lines += [error[:300] for error in errors if error.startswith(file)][:MAX_LISTED]
-    if len(lines) <= len(errors):
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", delete=False) as file:
-            file.write("\n".join(errors))
-        lines.append(f"... the whole list is in {file.name}")
-    if errors:
-        lines += str(DataError.__doc__).split("\n")[2:]
-        lines += ["or --drop-incomplete leaves such items out"] * bool(gaps)
-        raise DataError("\n  ".join(lines))
+    def check(self, drop_incomplete: bool):
+        """DataError with the first MAX_LISTED errors of each file; more are in a temporary file."""
+        skipped = self.gaps if drop_incomplete else ()
+        errors = [f"{place}: {what}" for place, what in self.errors.items() if place not in skipped]
+        lines = [f"{self.root}: {len(errors):,} problem(s) in the data"]
+        for file in COLUMNS:
+            lines += [error[:300] for error in errors if error.startswith(file)][:MAX_LISTED]
+        if len(lines) <= len(errors):
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", delete=False) as file:
+                file.write("\n".join(errors))
+            lines.append(f"... the whole list is in {file.name}")
+        if errors:
+            raise DataError("\n  ".join(lines + str(DataError.__doc__).split("\n")[2:]))
+        self.notices["items without a text or a readable picture left out"] = len(self.gaps)
+        twins = [[*names] for names in self.ids.values() if len(names) > 1]
+        self.notices[f"sets of ids look alike: {twins[:3]}: did you mean one?"] = len(twins)
 
 
 # ---- the data set ------------------------------------------------------------------------------
@@ -837,27 +804,23 @@ class Dataset:
         image_size: H, pixels; seed: of split_by_time; min_rating: of an interaction that counts,
         None: all do; drop_incomplete: leave out items without a text or a readable picture.
         Raises DataError with all that is wrong (file, line, value) and what is needed."""
-        found = _Found(folder, image_size, min_rating)
-        with warnings.catch_warnings():
-            # Pillow raises at twice its limit
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            _read(found, "items.csv", _take_item)
-        _read(found, "interactions.csv", _take_like)
-        _raise_errors(found, [] if drop_incomplete else found.gaps)
-        found.notices["items without a text or a readable picture left out"] = len(found.gaps)
+        if not os.path.isdir(os.path.join(folder, "images")):
+            raise DataError(f"{folder}: does not exist, or holds no folder images/")
+        found = _Folder(folder, image_size, min_rating)
+        found.read("items.csv", found.take_item)
+        found.read("interactions.csv", found.take_like)
+        found.check(drop_incomplete)
         users, n = list(found.users), len(found.kept)
         most = max(Counter(user for user, _ in found.likes).values(), default=0)
         if min(len(users), n, most - 1) < 2:
             raise DataError(f"{folder}: {len(users)} users, {n} items, {most} of one; need 2, 2, 3")
         items, texts, prompts, images = map(list, zip(*found.kept))
+        words = sorted({word for phrases in prompts for word in phrases})
         user, item = torch.tensor(list(found.likes)).T.contiguous()
         time = torch.tensor(list(found.likes.values()), dtype=torch.float64)
+        part = split_by_time(user, time, seed)
         found.notices["time for all interactions: split by a shuffle"] = len(time.unique()) == 1
-        twins = [f"{' and '.join(map(_show, ids))} are different {kind}s"
-                 for (kind, _), ids in found.ids.items() if len(ids) > 1]
-        found.notices[f"ids have a twin: {', '.join(twins[:3])}: did you mean one?"] = len(twins)
         notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
-        words, part = sorted(set().union(*prompts)), split_by_time(user, time, seed)
         return cls(found.root.name, users, items, texts, prompts, words,
                    torch.from_numpy(np.stack(images)), user, item, time, part, notices)
 
@@ -896,8 +859,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="dppmg.py", description="Make pictures and texts for one person.")
     add = parser.add_argument
     add("run", help="folder that train.py wrote")
-    add("--user", help="id of a user in training")
-    add("--history", nargs="+", metavar="ITEM", help="or: ids of items that somebody likes")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--user", help="id of a user in training")
+    who.add_argument("--history", nargs="+", metavar="ITEM", help="or: items that somebody likes")
     add("--prompt", required=True, help="what it shall be about: the catalogue's words, by commas")
     add("--out", default="dppmg.png", help="file for the picture; several: -2, -3 .. (%(default)s)")
     add("--n", type=int, default=1, help="how many pairs (%(default)s)")
@@ -909,20 +873,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = Path(args.out)
     try:
-        if not out.name:
-            raise ValueError(f"--out {_show(args.out)}: need the name of a file")
+        if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: need a .png or .jpg in a folder that exists")
         model = DPPMG.load(args.run, args.device)
-        made = model.generate(args.prompt, args.user, args.history, args.n, args.seed, args.best_of)
+        person = args.user if args.history is None else args.history
+        made = model.generate(args.prompt, person, args.n, args.seed, args.best_of)
         for k, (image, text) in enumerate(made, 1):
             path = out if k == 1 else out.with_stem(f"{out.stem}-{k}")
-            kind = Image.registered_extensions().get(path.suffix.lower())
             with replacing(path) as temporary:
-                image.save(temporary, format=kind if kind in Image.SAVE else "PNG")
+                image.save(temporary, Image.registered_extensions()[out.suffix.lower()])
             # no escape sequence reaches the terminal
             say(f"{path}: {CONTROL.sub(chr(0xFFFD), text)}")
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror or error}")
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     return 0
 

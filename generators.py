@@ -62,7 +62,7 @@ class ImageConfig:
     weight_decay: float = 0.01    # AdamW, of autoencoder and denoiser
     ema: float = 0.998            # decay per step of the running mean of the weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
-    steps: int = 2400             # optimizer steps of the denoiser
+    steps: int = 2000             # optimizer steps of the denoiser
     time_mean: float = 0.7        # mean of a training time's logit; > 0 favours noise (2403.03206)
     time_std: float = 1.2         # standard deviation of a training time's logit
 

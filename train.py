@@ -56,8 +56,8 @@ class TrainConfig:
     interactions: int = 30  # stickers that each of them likes
     referee_pictures: int = 3000  # freshly drawn stickers that the referee learns from
     referee_steps: int = 300  # optimizer steps of the referee
-    pairs: int = 600  # (user, prompt) pairs of the test part to evaluate on
-    sampled_users: int = 40  # users for whom many samples are drawn: taste and variety
+    pairs: int = 480  # (user, prompt) pairs of the test part to evaluate on
+    sampled_users: int = 30  # users for whom many samples are drawn: taste and variety
     samples: int = 32  # samples for each of them
     best_of: int = 4  # pictures, with twice as many texts, of which best_of keeps a pair
     min_rating: float = 0.0  # of rows with a rating, those of at least so much are likes
@@ -856,7 +856,7 @@ def many_samples(run: Run, variant: str, user: Tensor) -> dict[str, Tensor]:
         fresh, whole = (choose(mask, n, generator) for mask in (likes & run.fresh, likes))
         judged, read = (spread(run, user, x, contents(run, x.flatten())) for x in (fresh, whole))
         return read | {name: value for name, value in judged.items() if "judge" in name}
-    likes = liked_by(run, user, run.pairs(TEST)).double()
+    likes = liked_by(run, user, run.pairs(TEST)).float()
     item = likes.multinomial(n, replacement=True, generator=generator)  # (G, S)
     who = user.repeat_interleave(n)
     return spread(run, user, item, make_for(run, variant, who, item.flatten(), generator))
@@ -881,7 +881,7 @@ def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]
     found = {name: (values, made.pairs.user) for name, values in found.items()}
     users = some_users(run, "sampled users", math.ceil(run.train.sampled_users / cost))
     for name, values in many_samples(run, variant, users).items():
-        found[name] = values.double(), users
+        found[name] = values, users
     return found
 
 
@@ -1178,6 +1178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         go_on = f"; go on with: python train.py --resume --out {run.out}" if run else ""
         print(f"interrupted{go_on}", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        cure = "lower --image-batch, --text-batch, --reward-groups or --reward-scorer-batch"
+        print(f"train.py: error: stage {run.stage}: {cure}: {error}", file=sys.stderr)
+        return 2
     except (FloatingPointError, ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2

@@ -5,6 +5,7 @@ import pickle
 import re
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, spawn
@@ -126,10 +127,10 @@ def test_what_only_the_reward_needs_is_free_without_it():
     assert (cfg.image.eta, cfg.text.temperature) == (0, 0)
 
 
-@pytest.mark.parametrize("values", [{}, {"gnn": {}}, asdict(CFG) | {"x": {}}, asdict(CFG) | {"gnn": {"depth": 3}},
+@pytest.mark.parametrize("values", [{}, {"gnn": {}}, asdict(CFG) | {"gnn": {"depth": 3}},
                                     asdict(CFG) | {"gnn": None}, asdict(CFG) | {"gnn": {"dim": 0}}])
 def test_what_are_no_settings_make_no_config(values):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((KeyError, ValueError, TypeError)):
         Config.from_dict(values)
 
 
@@ -211,7 +212,7 @@ def test_prompts_are_encoded_and_unknown_words_are_named():
     assert parse_prompt("Fish,  BOAT,fish") == ("fish", "boat")
     assert catalogue.encode_prompts([("fish", "boat"), ("boat",), ()]).tolist() == [[2, 1], [1, 0], [0, 0]]
     assert catalogue.encode_prompts([("fish",) * 3]).tolist() == [[2, 2, 2]]
-    with pytest.raises(ValueError, match="unknown prompt word 'fisch': known are fish and 1 more"):
+    with pytest.raises(ValueError, match="unknown prompt word 'fisch': known are fish .2 in all"):
         catalogue.encode_prompts([("boat",), ("fisch",)])
 
 
@@ -221,17 +222,18 @@ def model(smoke):
 
 
 def same(one, two):
+    assert len(one) == len(two)
     return all(a.text == b.text and a.image.tobytes() == b.image.tobytes() for a, b in zip(one, two))
 
 
 def test_generation_repeats_by_seed_and_differs_by_seed_user_and_prompt(model):
-    args = dict(prompt="fish", user="u001", n=2)
+    args = dict(prompt="fish", person="u001", n=2)
     made = model.generate(**args)
     assert same(made, model.generate(**args, seed=0))
     history = [model.catalogue.item_ids[i] for i in model.catalogue.item[model.catalogue.user == 2].tolist()]
-    for other in (args | dict(seed=1), args | dict(prompt="boat"), args | dict(user="u002"),
+    for other in (args | dict(seed=1), args | dict(prompt="boat"), args | dict(person="u002"),
                   dict(prompt="fish", n=2),
-                  dict(prompt="fish", n=2, history=history)):
+                  dict(prompt="fish", n=2, person=history)):
         pairs = zip(made, model.generate(**other), strict=True)
         assert not any(a.image.tobytes() == b.image.tobytes() for a, b in pairs), other
     assert made[0].image.tobytes() != made[1].image.tobytes() and made[0].text != made[1].text
@@ -252,14 +254,29 @@ def test_a_picture_has_the_pixels_of_the_tensor():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(user="u0"), "unknown user 'u0': known are u0"), (dict(user=""), "unknown user ''"),
-    (dict(user="u000", history=["s0000"]), "a user or a history, not both"),
-    (dict(history=[]), "empty history"),
-    (dict(history=["s0000", "sticker"]), "unknown item 'sticker': known are s0000"),
+    (dict(person="u0"), "unknown user 'u0': known are u0"), (dict(person=""), "unknown user ''"),
+    (dict(person=1.5), "unknown user '1.5'"), (dict(person=False), "unknown user 'False'"),
+    (dict(person=[]), "empty history"), (dict(person=np.array([])), "empty history"),
+    (dict(person=["s0000", "sticker"]), "unknown item 'sticker': known are s0000"),
+    (dict(person=np.array([3, 5])), "unknown item '3'"),
+    (dict(n=0), "n=0, best_of=1: both need to be at least 1"), (dict(n=-1), "n=-1, best_of=1: both"),
+    (dict(best_of=0), "n=1, best_of=0: both need"),
     (dict(prompt="fish, chips"), "unknown prompt word 'chips': known are")])
 def test_what_is_not_known_is_named(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         model.generate(**{"prompt": "fish"} | arguments)
+
+
+def test_no_history_at_all_is_named(model):
+    for histories in ([], [[]], [["s0000"], ()], np.zeros((0, 3))):
+        with pytest.raises(ValueError, match="empty history"):
+            model.fold_in(histories)
+
+
+def test_a_device_that_is_not_here_is_called_one(toy_run):
+    with pytest.raises(ValueError, match="--device gpu: not to be had here") as caught:
+        DPPMG.load(toy_run, "gpu")
+    assert not isinstance(caught.value, CheckpointError)
 
 
 def test_a_training_user_folded_in_keeps_preferences_and_tokens(model):
@@ -281,14 +298,29 @@ def test_a_training_user_folded_in_keeps_preferences_and_tokens(model):
 def test_ids_may_be_of_any_kind_and_count_as_strings():
     model = toy()
     model.catalogue.user_ids, model.catalogue.item_ids = ([str(n) for n in range(k)] for k in (6, 12))
-    assert same(model.generate("fish", user=3), model.generate("fish", user="3"))
-    assert same(model.generate("fish", history=[1, 4]), model.generate("fish", history=("1", "4")))
+    assert same(model.generate("fish", 3), model.generate("fish", "3"))
+    assert same(model.generate("fish", np.int64(3)), model.generate("fish", np.str_("3")))
+    made = model.generate("fish", ["1", "4"])
+    for history in ([1, 4], ("1", "4"), np.array([4, 1]), np.array(["1", "4"]), {1: "x", 4: "y"}.keys(),
+                    (n for n in (1, 4)), {"1", "4"}):
+        assert same(made, model.generate("fish", history))
+    assert not same(made, model.generate("fish", [1]))
+    tokens = model.fold_in([["1", "4"], ["2", "3"]])
+    for m, found in model.fold_in(np.array([[1, 4], [2, 3]])).items():
+        assert torch.equal(found, tokens[m])
     assert model.catalogue.place("item", [11, "0"]) == [11, 0]
 
 
 def test_a_prompt_of_nothing_and_one_longer_than_any_in_the_catalogue_work(model):
     for prompt in ("", "fish, moon, star, tree"):
-        assert len(model.generate(prompt, user="u003")) == 1
+        assert len(model.generate(prompt, "u003")) == 1
+
+
+def test_any_whole_number_is_a_seed_and_different_ones_differ():
+    model = toy()
+    made = [model.generate("fish", "u3", seed=seed) for seed in (0, -1, 10**20, 10**20 + 1)]
+    assert not any(same(made[k], other) for k in range(4) for other in made[:k])
+    assert same(made[2], model.generate("fish", "u3", seed=10**20))
 
 
 # ---- one step of REINFORCE
@@ -567,24 +599,24 @@ def folder(path):
 
 
 DAMAGES = {
-    **{f"cut to {keep}": (cut(keep), "not a checkpoint, or damaged") for keep in (0, 1, 100, 0.3, 0.9, -1)},
+    **{f"cut to {keep}": (cut(keep), "not a checkpoint of train.py, or damaged") for keep in (0, 1, 100, 0.3, 0.9, -1)},
     "text": (lambda path: path.write_text("hello"),
-             "not a checkpoint, or damaged .*need 'DPPMG checkpoint 2'"),
+             "not a checkpoint of train.py, or damaged: .*need 'DPPMG checkpoint 2'"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": FORMAT}, protocol=2)),
-               "not a checkpoint|training is not finished"),
-    "list": (lambda path: torch.save([1, 2], path), "format is None"),
+               "not a checkpoint|done"),
+    "list": (lambda path: torch.save([1, 2], path), "not a checkpoint of train.py, or damaged: TypeError"),
     "version": (change(format="DPPMG checkpoint 0"),
-                "format is 'DPPMG checkpoint 0', need 'DPPMG checkpoint 2'"),
+                r"format is 'DPPMG checkpoint 0'.*need 'DPPMG checkpoint 2'"),
     "unfinished": (change(done=["gnn"]),
                    r"training is not finished, done is \['gnn'\]; go on with train.py --resume"),
-    "done": (change(done=None), "training is not finished"),
-    "shape": (reshape, "not a model of this version .*size mismatch for modality.image.preference"),
+    "done": (change(done=None), "no finished model"),
+    "shape": (reshape, "no finished model of this version: .*size mismatch for modality.image.preference"),
     **{f"no {name}": (without(name), "checkpoint.pt: ")
        for name in ("format", "done", "config", "catalogue", "model")},
-    **{f"odd {name}": (change(**{name: value}), "not a model of this version")
+    **{f"odd {name}": (change(**{name: value}), "no finished model of this version:")
        for name, value in (("config", None), ("config", {}), ("catalogue", {"name": "x"}), ("model", 3))},
-    "merges": (inside("catalogue", merges=None), "not a model of this version"),
-    "setting": (inside("config", gnn={"dim": "x"}), "not a model of this version .--gnn-dim x: need a finite int"),
+    "merges": (inside("catalogue", merges=None), "no finished model of this version:"),
+    "setting": (inside("config", gnn={"dim": "x"}), "no finished model of this version: .*--gnn-dim x: need a finite int"),
     "folder": (folder, "Is a directory"), "missing": (lambda path: path.unlink(), "No such file"),
 }
 
@@ -611,7 +643,7 @@ def test_a_checkpoint_is_data_and_no_code_of_it_runs(tmp_path, how):
     path, proof = tmp_path / "checkpoint.pt", tmp_path / "pwned"
     evil = {"format": FORMAT, "done": ["reward"], "config": Evil(proof)}
     torch.save(evil, path) if how == "torch.save" else path.write_bytes(pickle.dumps(evil, protocol=2))
-    with pytest.raises(CheckpointError, match="not a checkpoint, or damaged"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of train.py, or damaged"):
         DPPMG.load(path)
     assert not proof.exists()
     torch.load(path, weights_only=False) if how == "torch.save" else pickle.loads(path.read_bytes())
@@ -620,7 +652,7 @@ def test_a_checkpoint_is_data_and_no_code_of_it_runs(tmp_path, how):
 
 def test_a_saved_model_generates_the_same(toy_run):
     one, two = toy(), DPPMG.load(toy_run)
-    args = dict(prompt="fish", user="u3", n=2, seed=5)
+    args = dict(prompt="fish", person="u3", n=2, seed=5)
     assert one.cfg == two.cfg and same(one.generate(**args), two.generate(**args))
     # the folder instead of the file
     assert same(one.generate(**args), DPPMG.load(toy_run.parent).generate(**args))
@@ -666,7 +698,7 @@ def test_the_command_prints_texts_and_writes_pictures(smoke, tmp_path):
 
 
 @pytest.mark.parametrize("name, kind",
-                         [("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c", "PNG"), ("d.psd", "PNG")])
+                         [("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c.PNG", "PNG"), ("d.e.Jpeg", "JPEG")])
 def test_the_command_writes_the_kind_of_file_that_the_name_says(toy_run, tmp_path, name, kind):
     assert run_main(toy_run, "--history", "i3", "i4", "--prompt", "", "--out", tmp_path / name) == 0
     with Image.open(tmp_path / name) as image:
@@ -686,15 +718,16 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     (["--prompt", "fish", "--user", "bob"], "unknown user 'bob': known are u0"),
     (["--prompt", "fisch"], "unknown prompt word 'fisch': known are fish"),
     (["--prompt", "fish", "--history", "i1", "i99"], "unknown item 'i99': known are i9"),
-    (["--prompt", "fish", "--user", "u1", "--history", "i1"], "not both"),
+    (["--prompt", "fish", "--user", "u1", "--history", "i1"], "argument --history: not allowed with argument --user"),
     (["--prompt", "fish", "--histroy", "i1"], "unknown flag --histroy: known are --history"),
-    (["--prompt", "fish", "--n", "0"], "n=0: need n >= 1"),
-    (["--prompt", "fish", "--best-of", "0"], "best_of=0: need best_of >= 1"),
+    (["--prompt", "fish", "--n", "0"], "n=0, best_of=1: both need to be at least 1"),
+    (["--prompt", "fish", "--best-of", "0"], "n=1, best_of=0: both need to be at least 1"),
     (["--prompt", "fish", "--n", "some"], "invalid int value: 'some'"),
     (["--prompt", "fish", "--device", "gpu"], "device gpu: not to be had here"),
     (["--prompt", "fish", "--device", "meta"], "device meta: not to be had here"),
-    (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: No such file or directory"),
-    (["--prompt", "fish", "--out", "."], "--out '.': need the name of a file"),
+    (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: need a .png or .jpg in a folder that exists"),
+    (["--prompt", "fish", "--out", "."], "--out .: need a .png or .jpg"),
+    (["--prompt", "fish", "--out", "a.gif"], "--out a.gif: need a .png or .jpg"),
     ([], "--prompt")])
 def test_a_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -707,7 +740,7 @@ def test_a_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkey
 
 def test_a_run_that_is_not_there_costs_one_line(tmp_path, capsys):
     assert run_main(tmp_path / "nowhere", "--prompt", "fish") == 2
-    assert re.fullmatch(r"dppmg.py: error: \S+nowhere: No such file or directory; need a run of train.py\n",
+    assert re.fullmatch(r"dppmg.py: error: \S+nowhere: not a checkpoint of train.py, .*No such file or directory.*\n",
                         capsys.readouterr().err)
 
 
