@@ -316,7 +316,7 @@ def bits_rows(settings: dict, n_users: int) -> list[Row]:
                 {"vq": dict(levels=n, codes=k)}) for n, k in BITS]
     own = Row("trained embedding per user", "tokens", GENERATORS, last,
               {"vq": dict(levels=1, codes=n_users)}, use_embeddings, user_numbers)
-    return [*TRUNK[:2], TRUNK[2], *rows, own]
+    return [*TRUNK, *rows, own]
 
 
 STUDIES = {"claims": claims_rows, "pareto": pareto_rows, "bits": bits_rows}
@@ -748,6 +748,15 @@ def equal_cost(lines: list[dict]) -> str:
     return f"DPPMG costs less than best of n from {training / saved:.0f} pairs on" * (saved > 0)
 
 
+def begin(options: Options):
+    """Remember what was asked in OUT/options.json. Exits where rows of something else lie."""
+    path, asked = options.out / "options.json", options._asdict() | {"out": None}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text()) != asked:
+        sys.exit(f"--out {options.out}: was begun with other data or settings; choose another")
+    train.write_json(path, asked)
+
+
 def write_study(options: Options, study: str, seeds: int):
     """study.json, study.html and STUDY.csv of all rows that are measured."""
     rows, read = [row for row in rows_of(options, study) if row.measured], {}
@@ -786,6 +795,7 @@ def main(argv: list[str] | None = None):
     cfg, settings = train.build({group: changed.get(group, {}) for group in train.PARTS})
     values = json.dumps(asdict(cfg) | {"train": asdict(settings)})
     options = Options(args.out, args.data, args.split, values)
+    begin(options)
     do_rows(options, args.study, args.seeds, args.jobs)
     write_study(options, args.study, args.seeds)
 
