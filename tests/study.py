@@ -5,9 +5,10 @@
     python tests/study.py bits      sizes of the codebooks; a trained embedding per user instead
 
 --data DIR (none: stickers), --seeds N, --split random (the time column dropped), --jobs N processes
-of one thread, --out runs/study, --smoke. A row starts from the tensors of its parent and trains the
-stages that it changes. Rows lie in OUT/seed-N/ROW, for all studies: what is there is not trained
-again, and what was interrupted goes on. Leaves OUT/STUDY/study.json, study.html and STUDY.csv.
+of one thread, --out runs/study, --smoke, and train.py's settings, for all rows. A row starts from
+the tensors of its parent and trains the stages that it changes. Rows lie in OUT/seed-N/ROW, for all
+studies: what is there is not trained again, and what was interrupted goes on. Leaves
+OUT/STUDY/study.json, study.html and STUDY.csv.
 
 Each idea is one switch: a field of Row, read in `open_row` or `set_tokens`. So the method's own
 files hold none of its rivals.
@@ -47,8 +48,8 @@ from reward import embed  # noqa: E402
 from tests.report import INKS, STYLE, Html, table  # noqa: E402
 
 # shorter than by default, and the same for all rows; reward.log_every: at the start and the end
-RECIPE = {"image": dict(steps=700), "text": dict(steps=300),
-          "reward": dict(rounds=60, log_every=10**6), "train": dict(pairs=300, sampled_users=24)}
+RECIPE = {"image": dict(steps=800), "text": dict(steps=400),
+          "reward": dict(rounds=80, log_every=10**6), "train": dict(pairs=300, sampled_users=24)}
 HISTORY = 10  # items of somebody new, and those that "history as condition" attends to
 DRAWS = 2000  # of the bootstrap
 MARGIN = 0.02  # a difference below is too small to matter; what loses less is kept
@@ -371,13 +372,14 @@ def set_tokens(run: train.Run, row: Row):
 
 
 def open_row(options: Options, seed: int, row: Row) -> train.Run:
-    """The run of a row: with its parent's tensors, its own switches, and as far as it was trained."""
+    """The run of a row: its parent's tensors, its own switches, and as far as it was trained."""
     values = json.loads(options.settings)
     for group, changed in (row.settings | {"method": {"seed": seed}}).items():
         values[group] = values[group] | changed
     cfg, settings = train.build(values)
     data, world = load(options, seed)
-    data, out = replace(data, part=data.part.clone(), notices=[]), folder_of(options, seed, row.name)
+    data = replace(data, part=data.part.clone(), notices=[])  # a run changes them
+    out = folder_of(options, seed, row.name)
     out.mkdir(parents=True, exist_ok=True)
     run = train.Run(cfg, settings, data, world, out, pick_device(None))
     if row.parent:
@@ -434,9 +436,9 @@ def notions(run: train.Run, made: train.Made) -> dict[str, Tensor]:
     what is made for the user and for another."""
     model, found, user = run.model, {}, made.pairs.user
     latents = train.in_batches(model.autoencoder.encode, made.own.images)
-    features = {"image": model.image_features(latents), "text": model.text_features(made.own.tokens)}
+    features = model.image_features(latents), model.text_features(made.own.tokens)
     own, other = (embed(run.modules["judge"], content) for content in (made.own, made.other))
-    for m, x in features.items():
+    for m, x in zip(MODALITIES, features):
         mean = run.features[m][run.seen].mean(0)
         near = mean_of_history(run.features[m], histories(run), len(run.data.user_ids))[user]
         found[f"nearness_{m}"] = F.cosine_similarity(x - mean, near - mean)
@@ -482,7 +484,7 @@ def seconds_a_pair(run: train.Run, variant: str, pairs: train.Pairs) -> float | 
 
 
 def do_row(options: Options, seed: int, row: Row):
-    """Train what is missing of a row, measure it, and write row.json. Once that is there: nothing."""
+    """Train what is missing of a row, measure it, write row.json. Once that is there: nothing."""
     torch.set_num_threads(1)
     path = folder_of(options, seed, row.name) / "row.json"
     if path.exists():
@@ -546,7 +548,7 @@ def by_user(values: list, user: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def estimate(seeds: list[Cell], draws: int = DRAWS) -> dict[str, float] | None:
-    """Mean, and 95 % interval by a bootstrap of two levels: seeds are drawn, then the users of each.
+    """Mean, and 95 % interval by a bootstrap of two levels: seeds are drawn, then users of each.
     The values of one user are never parted. (Of few seeds the bootstrap shows the variance among
     them too small by the factor (n - 1) / n.) None where nothing was measured."""
     cells = [x for x in (by_user(*cell) for cell in seeds) if len(x[0])]
@@ -717,7 +719,8 @@ def page(study: dict) -> str:
     return "\n".join([
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{words}</p>",
-        f"<p>± half a 95 % interval over seeds and users; kept: not {MARGIN} less.</p>",
+        f"<p>± half a 95 % interval over seeds and users. More holds where it is surely above 0, and "
+        f"does not where it is surely below {MARGIN}; kept is what is surely not {MARGIN} less.</p>",
         table(head, rows), "<h2>Claims</h2>",
         table(["claim", "people", "measure", "row", "less", "difference", ""], claims),
         "<h2>Four notions of personal: differences</h2>", four_notions(lines),
@@ -790,9 +793,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--split", choices=("time", "random"), default="time")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--smoke", action="store_true", help="tiny: does it run?")
-    args = parser.parse_args(argv)
-    changed = train.SMOKE if args.smoke else RECIPE
-    cfg, settings = train.build({group: changed.get(group, {}) for group in train.PARTS})
+    args, flags = parser.parse_known_args(argv)
+    changed, (_, given) = train.SMOKE if args.smoke else RECIPE, train.parse_arguments(flags)
+    cfg, settings = train.build({g: changed.get(g, {}) | given[g] for g in train.PARTS})
     values = json.dumps(asdict(cfg) | {"train": asdict(settings)})
     options = Options(args.out, args.data, args.split, values)
     begin(options)
