@@ -48,8 +48,8 @@ from reward import embed  # noqa: E402
 from tests.report import INKS, STYLE, Html, table  # noqa: E402
 
 # shorter than by default, and the same for all rows; reward.log_every: at the start and the end
-RECIPE = {"image": dict(steps=800), "text": dict(steps=400),
-          "reward": dict(rounds=80, log_every=10**6), "train": dict(pairs=300, sampled_users=24)}
+RECIPE = {"image": dict(steps=800), "reward": dict(rounds=80, log_every=10**6),
+          "train": dict(pairs=300, sampled_users=24)}
 HISTORY = 10  # items of somebody new, and those that "history as condition" attends to
 DRAWS = 2000  # of the bootstrap
 MARGIN = 0.02  # a difference below is too small to matter; what loses less is kept
@@ -719,8 +719,8 @@ def page(study: dict) -> str:
     return "\n".join([
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{words}</p>",
-        f"<p>± half a 95 % interval over seeds and users. More holds where it is surely above 0, and "
-        f"does not where it is surely below {MARGIN}; kept is what is surely not {MARGIN} less.</p>",
+        "<p>± half a 95 % interval over seeds and users. More: holds where surely above 0, not "
+        f"where surely below {MARGIN}. Kept: holds where surely not {MARGIN} less.</p>",
         table(head, rows), "<h2>Claims</h2>",
         table(["claim", "people", "measure", "row", "less", "difference", ""], claims),
         "<h2>Four notions of personal: differences</h2>", four_notions(lines),

@@ -46,6 +46,10 @@ def opened(options, name):
     return study.open_row(options, 0, ROWS[name])
 
 
+def unit_rows(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -110,11 +114,7 @@ def test_ids_are_learnt_and_fold_somebody_in():
     alone = build_graph(*HISTORY[:, 2:], 3, 5)      # user 0 is not in this graph: folded in, she is
     expected = net(graph)["image"][0][0]
     found = net.fold_in(alone, torch.zeros(2).long(), HISTORY[1, :2], 1)["image"][0]
-    assert_close(F_normalize(found), F_normalize(expected), atol=0.2, rtol=0)
-
-
-def F_normalize(x):
-    return torch.nn.functional.normalize(x, dim=-1)
+    assert_close(unit_rows(found), unit_rows(expected), atol=0.2, rtol=0)
 
 
 def test_shared_preference_is_one_and_knows_both_modalities(options):
@@ -166,7 +166,7 @@ def given(run, m, user):
 def test_continuous_injects_the_preference_and_no_code(options, m):
     run, user = opened(options, "continuous"), torch.tensor([0, 1])
     before, taste = given(run, m, user), run.model.modality[m]
-    unit = F_normalize(taste.preference[user])
+    unit = unit_rows(taste.preference[user])
     net = getattr(run.model, m)
     assert before.shape[1] == run.cfg.vq.levels
     assert_close(before, torch.einsum("bf,mdf->bmd", unit, net.preference.weight))
@@ -218,7 +218,7 @@ def test_the_history_is_told_and_not_learnt(options):
         known = run.new["history"][1, run.new["history"][0] == u].tolist()[:study.HISTORY]
         assert numbers[u, :len(known)].tolist() == known and (numbers[u, len(known):] == -1).all()
     u = run.users[:1]
-    rows = F_normalize(run.features["text"][numbers[u, 0]]) @ run.model.text.preference.weight[0].T
+    rows = unit_rows(run.features["text"][numbers[u, 0]]) @ run.model.text.preference.weight[0].T
     assert_close(given(run, "text", u)[:, 0], rows)
 
 
@@ -293,9 +293,9 @@ def test_a_trained_embedding_is_one_row_a_user_turned_from_the_preference(option
     run = study.open_row(options, 0, row)
     for m, taste in run.model.modality.items():
         assert taste.tokens.tolist() == [[u] for u in range(30)]
-        weight, unit = getattr(run.model, m).preference.weight, F_normalize(taste.preference)
+        weight, unit = getattr(run.model, m).preference.weight, unit_rows(taste.preference)
         if weight.shape[1] >= unit.shape[1]:  # else a projection
-            cosine = F_normalize(weight) @ F_normalize(weight).T
+            cosine = unit_rows(weight) @ unit_rows(weight).T
             assert_close(cosine, unit @ unit.T, atol=1e-4, rtol=1e-4)
 
 
