@@ -547,21 +547,28 @@ def by_user(values: list, user: list) -> tuple[np.ndarray, np.ndarray]:
     return np.bincount(place, values[there]), np.bincount(place)
 
 
+@functools.lru_cache(maxsize=32)
+def resampled(sizes: tuple[int, ...], draws: int) -> list[np.ndarray]:
+    """How often each user counts in each draw of a two-level bootstrap: as many seeds are drawn
+    as there are, and for each as many users as it has. sizes: of seeds -> (draws, U) each."""
+    chance = np.random.default_rng(0)
+    times = [np.zeros((draws, n)) for n in sizes]
+    for drawn in chance.integers(len(sizes), size=(len(sizes), draws)):
+        for seed, n in enumerate(sizes):
+            rows = drawn == seed
+            times[seed][rows] += chance.multinomial(n, np.full(n, 1 / n), size=rows.sum())
+    return times
+
+
 def estimate(seeds: list[Cell], draws: int = DRAWS) -> dict[str, float] | None:
-    """Mean, and 95 % interval by a bootstrap of two levels: seeds are drawn, then users of each.
-    The values of one user are never parted. (Of few seeds the bootstrap shows the variance among
-    them too small by the factor (n - 1) / n.) None where nothing was measured."""
+    """Mean and 95 % interval, over seeds and over users, whose values are never parted. None where
+    nothing was measured. (Of few seeds, n, a bootstrap shows too little of the variance among them,
+    by the factor (n - 1) / n.)"""
     cells = [x for x in (by_user(*cell) for cell in seeds) if len(x[0])]
     if not cells:
         return None
-    chance = np.random.default_rng(0)
-    total, count = np.zeros(draws), np.zeros(draws)
-    for drawn in chance.integers(len(cells), size=(len(cells), draws)):
-        for seed, (sums, counts) in enumerate(cells):
-            rows, n = drawn == seed, len(sums)
-            times = chance.multinomial(n, np.full(n, 1 / n), size=rows.sum())
-            total[rows] += times @ sums
-            count[rows] += times @ counts
+    times = resampled(tuple(len(sums) for sums, _ in cells), draws)
+    total, count = (sum(t @ x[k] for t, x in zip(times, cells)) for k in (0, 1))
     low, high = np.quantile(total / count, [0.025, 0.975])
     mean = sum(x.sum() for x, _ in cells) / sum(n.sum() for _, n in cells)
     return {"mean": float(mean), "low": float(low), "high": float(high)}
