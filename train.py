@@ -113,6 +113,7 @@ SHAPES = {
     "star": [_ring(1.05, 0.5, n=10)],
     "heart": [_ring(0.5, x=-0.44, y=-0.37), _ring(0.5, x=0.44, y=-0.37),
               [(-0.86, -0.1), (0, -0.45), (0.86, -0.1), (0, 0.95)]],
+    # an arc of one circle, and back along another that crosses it
     "moon": [[*_ring(0.95)[10:], *_ring(0.95)[:2], *_ring(0.7, x=0.5, y=-0.3)[:10:-1]]],
     "flower": [_ring(0.38), *(_ring(0.38, x=x, y=y) for x, y in _ring(0.58, n=5))],
 }

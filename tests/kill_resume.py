@@ -28,7 +28,8 @@ MOMENTS = (("data", 50), ("autoencoder", 7), ("gnn", 29), ("codebook", 11), ("te
            ("checkpoint", 30), ("checkpoint", 120))
 CHAIN = (("data", 50), ("autoencoder", 7), ("codebook", 11), ("checkpoint", 30), ("image", 5), ("judge", 12),
          ("reward", 2), ("new users", 0))
-IGNORED = ("seconds", "cpu_seconds", "peak_memory_mb", "train", "torch")       # differ, and may
+# these differ, and may; the model is among the modules, too
+IGNORED = ("seconds", "cpu_seconds", "peak_memory_mb", "train", "torch", "model")
 
 
 def kill_at(moment: tuple[str, int]):

@@ -573,12 +573,12 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
     def flip(name):
         """Flip the lowest bit of one number."""
         checkpoint = read_checkpoint(copy / "checkpoint.pt")
-        checkpoint["model"][name].view(torch.int32).view(-1)[5:6].bitwise_xor_(1)
+        checkpoint["modules"][f"model.{name}"].view(torch.int32).view(-1)[5:6].bitwise_xor_(1)
         torch.save(checkpoint, copy / "checkpoint.pt")
     copy = tmp_path / "copy"
     score = 'recall@20": 0'
-    changes = {"checkpoint/model/text.null": lambda: flip("text.null"),
-               "checkpoint/model/modality.image.tokens": lambda: flip("modality.image.tokens"),
+    changes = {"checkpoint/modules/model.text.null": lambda: flip("text.null"),
+               "checkpoint/modules/model.modality.image.tokens": lambda: flip("modality.image.tokens"),
                "metrics/stage1/recall@20": lambda: alter(copy / "metrics.json", score, score[:-1] + "1"),
                "log": lambda: alter(copy / "log.csv", "gnn,30", "gnn,31"),
                "files": lambda: (copy / ".checkpoint.pt.1.tmp").write_text("")}
