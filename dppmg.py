@@ -587,12 +587,14 @@ def _plain(name: str) -> str:
 
 
 def _time(value: str) -> tuple[float, str]:
-    """A number, or the seconds from 1970 to an ISO 8601 date, in UTC if it does not say; which."""
-    try:
+    """A number, or the seconds from 1970 to an ISO 8601 date, in UTC if it does not say; and which
+    of the two it is."""
+    with contextlib.suppress(ValueError):
         return float(value), "number"
-    except ValueError:
+    with contextlib.suppress(ValueError):
         date = datetime.fromisoformat(value.strip())
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp(), "date"
+    raise ValueError(f"timestamp {value!r} is neither a number nor a date")
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
@@ -704,7 +706,6 @@ class _Folder:
         phrases = parse_prompt(prompt)
         self.items[item] = len(self.kept)
         self.kept.append((item, text, phrases[:MAX_PHRASES], image))
-        self.notices["prompts split at | or [...] as at commas"] += "|" in prompt or "[" in prompt
         self.notices[f"prompts cut to {MAX_PHRASES} phrases"] += len(phrases) > MAX_PHRASES
 
     def take_like(self, user: str, item: str, timestamp: str = "0", rating: str = ""):
@@ -717,7 +718,7 @@ class _Folder:
         time, kind = _time(timestamp)
         self.clock = self.clock or kind
         if kind != self.clock or not math.isfinite(time):
-            raise ValueError(f"timestamp {timestamp!r}: need a finite {self.clock}, as above")
+            raise ValueError(f"timestamp {timestamp!r}: need a finite {self.clock} in every row")
         if self.min_rating is not None and not float(rating) >= self.min_rating:
             self.notices[f"interactions not rated {self.min_rating:g} or more left out"] += 1
         elif number < 0:
