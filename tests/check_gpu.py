@@ -8,7 +8,7 @@ whole       the default run, MovieLens-1M's size, 100 M parameters a generator: 
 profile     where a round of the reward and a step of the codebook spend their time, and two ways to launch less
 
 Prints a table and writes a JSON (--out); the exit status is the number of checks that failed. Ten minutes at most on a GPU.
-Without one it says so and runs the same code on the CPU, small (--quick): then its seconds tell nothing about a GPU.
+Without one it says so and runs the same code on the CPU, small (but see --no-quick): then its seconds are no GPU's.
 tests/count_flops.py estimates, from the same steps, what a GPU would take."""
 import argparse
 import contextlib
@@ -475,14 +475,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("groups", nargs="*", help=f"some of {', '.join(GROUPS)} (all)")
     parser.add_argument("--out", type=Path, default=Path("check_gpu.json"), help="the JSON (%(default)s)")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes, as on the CPU")
+    parser.add_argument("--quick", action=argparse.BooleanOptionalAction, help="small sizes (only on the CPU)")
     args = parser.parse_args(arguments)
     device = dppmg.pick_device(args.device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU here: {device}, small; its seconds are no GPU's"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU here but {device}: its seconds are no GPU's"
     print(f"torch {torch.__version__}, {card}")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        check = Checks(device, args.quick or device.type != "cuda", Path(folder))
+        check = Checks(device, device.type != "cuda" if args.quick is None else args.quick, Path(folder))
         for check.group in args.groups or GROUPS:
             try:
                 with mock.patch.object(train, "say", lambda line: None):
