@@ -355,10 +355,7 @@ def folder_of(options: Options, seed: int, name: str) -> Path:
 
 def take_over(run: train.Run, state: dict):
     """Every tensor of a parent's checkpoint that fits."""
-    theirs = {f"model.{name}": value for name, value in state["model"].items()}
-    for n, other in state["others"].items():
-        theirs |= {f"{n}.{name}": value for name, value in other.items()}
-    mine = run.modules.state_dict()
+    theirs, mine = state["modules"], run.modules.state_dict()
     same = {k: theirs[k] for k, v in mine.items() if k in theirs and theirs[k].shape == v.shape}
     run.modules.load_state_dict(mine | same)
 
