@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, spawn
 from kill_resume import leaves
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +228,14 @@ def test_bf16_is_on_only_where_a_card_has_it_and_does_not_emulate_it(monkeypatch
     with dppmg.DPPMG.half(model):
         assert torch.is_autocast_enabled("cpu") == (wanted and real)
     assert kinds == [("cuda", torch.bfloat16)] * (wanted and real)
+
+
+def test_where_a_module_of_unix_is_missing_all_can_be_imported_and_help_is_printed():
+    script = ("import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
+              "import gnn, vq, generators, reward, dppmg, train\ntrain.main(['--help'])")
+    process = spawn("-c", script, cwd=ROOT)
+    printed, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "--image-batch" in printed, errors
 
 
 def test_float32_is_float32_once_a_device_is_picked():
