@@ -464,3 +464,6 @@ return tokens
 )
 
 EXERCISES = WRITE + BUGS + PREDICT + RACES
+
+# editions of the coursework, the newest first
+CHANGES = (("1", "the first edition: 24 functions to write, 12 bugs, 15 predictions, 3 races"),)
