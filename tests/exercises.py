@@ -203,7 +203,7 @@ WRITE = (
                  Wrong("test_prefix_mask_lets_the_prefix_see_itself", "visible[:, :n_prefix] = True",
                        "visible[n_prefix:, :n_prefix] = False"),
                  Wrong("test_prefix_mask_hides_the_future", ".tril()", ".tril(1)"))),
-    write("nucleus", "core", "generators.nucleus", 35, "sampling from the likely tokens",
+    write("nucleus", "full", "generators.nucleus", 35, "sampling from the likely tokens",
           "the smallest set whose probability reaches top_p",
           "Sort, sum from the front; the token that crosses top_p is in. What is the least probability inside?",
           also=(Also("test_text.test_nucleus_takes_ties_together_and_keeps_what_it_is_told", 1,
@@ -411,7 +411,7 @@ PREDICT = (
             "two modalities, before any step, without l2?", "Users start at 0, so all scores are equal."),
     predict("guidance_1", "core", "guidance", "Guidance w = 1 instead of 3, with taste: does the entropy of the sampled "
             "tokens go up, down or stay the same?", "What does w > 1 do to what taste favours?"),
-    predict("one_code_level", "core", "codebooks", "One level of 8 codes instead of four: how many different token tuples "
+    predict("one_code_level", "full", "codebooks", "One level of 8 codes instead of four: how many different token tuples "
             "do 500 users have at most?", "Each user is one code."),
     predict("one_level_explains", "full", "codebooks", "One level instead of four: does the explained share of the "
             "preferences' variance go up, down or stay the same?", "What do the later levels code?"),
@@ -427,7 +427,7 @@ PREDICT = (
             "the length of the folded-in preference change?", "Each item weighs 1 / sqrt(|history|)."),
     predict("half_history", "full", "folding in", "Items of random features: does a preference folded in from half the "
             "history have a cosine with the whole one of 1 (same), less (down) or more (up)?", "Half the evidence."),
-    predict("many_layers", "core", "smoothing", "64 layers instead of 2: does the mean cosine between users' preferences go "
+    predict("many_layers", "full", "smoothing", "64 layers instead of 2: does the mean cosine between users' preferences go "
             "up, down or stay the same?", "What does S^k x tend to for large k?"),
     predict("eta_0", "full", "sampling", "eta = 0, twice from the same starting noise with other seeds for the steps: by "
             "how much do the two samples differ at most?", "What does eta multiply?"),

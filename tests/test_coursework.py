@@ -1,0 +1,72 @@
+"""The coursework's graders have teeth: see prove.py, which runs once, in a process of its own, and says what failed."""
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+from conftest import PATIENCE, ROOT, spawn
+
+
+def run(*arguments):
+    """What coursework.py prints and its exit status."""
+    process = spawn(str(ROOT / "tests" / "coursework.py"), *map(str, arguments))
+    printed, errors = process.communicate(timeout=PATIENCE)
+    return printed + errors, process.returncode
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    """The proof's figures."""
+    file = tmp_path_factory.mktemp("proof") / "proof.json"
+    printed, _ = run("prove", "--json", file)
+    assert file.exists(), printed
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("part", ["exercises", "cases", "handouts", "attacks", "grades"])
+def test_the_graders_are_proved(proof, part):
+    """exercises: full points for the reference, none for what is handed out, and each wrong answer is caught."""
+    assert part in proof["seconds"]
+    assert not proof["failures"].get(part), "\n".join(proof["failures"][part])
+
+
+def test_there_is_enough_of_each_kind(proof):
+    assert proof["write"] >= 18 and proof["bug"] >= 8 and proof["predict"] >= 10 and proof["race"] >= 3
+    assert proof["wrong answers"] >= 60 and proof["attacks"] >= 30
+
+
+def test_the_list_shows_each_exercise_and_the_hours():
+    printed, status = run("list")
+    assert status == 0
+    assert re.search(r"tier core: \d+ exercises, \d+ points, (7|8)\.\d hours", printed), printed
+    assert len(re.findall(r"^\S+ +(?:core|full|challenge) +(?:write|bug|predict|race) +\d+ +\d+", printed, re.M)) >= 50
+
+
+def test_a_class_is_graded_as_text_json_and_junit(tmp_path):
+    """Two submissions of predictions: one without an answer, one with a right, a wrong and a senseless one."""
+    for name in ("ada", "bob"):
+        assert run("handout", tmp_path / "class" / name, "--kind", "predict")[1] == 0
+    answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
+    (tmp_path / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
+    files = tmp_path / "r.json", tmp_path / "r.xml"
+    printed, status = run("grade", tmp_path / "class", "--json", files[0], "--junit", files[1])
+    assert status == 0, printed
+    result = json.loads(files[0].read_text())
+    assert {name: x["score"] for name, x in result.items()} == {"ada": 0, "bob": 1}
+    tests = {x["number"]: x for x in result["bob"]["tests"]}
+    assert tests["nucleus_size"]["score"] == tests["nucleus_size"]["max_score"] == 1
+    assert tests["group_of_two"]["score"] == 0 and "-3" in tests["group_of_two"]["output"]
+    suites = ElementTree.parse(files[1]).getroot()
+    assert [int(x.get("tests")) - int(x.get("failures")) for x in suites] == [0, 1]
+    assert "bob: 1 of" in printed
+
+
+def test_a_handout_overwrites_nothing(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    printed, status = run("handout", tmp_path)
+    assert status == 2 and "not empty" in printed and [x.name for x in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_grading_names_a_folder_that_is_not_there(tmp_path):
+    printed, status = run("grade", tmp_path / "nobody")
+    assert status == 2 and "no folder" in printed
