@@ -2,6 +2,7 @@
 
 Run by test_coursework.py, and by `python tests/coursework.py prove`."""
 import json
+import os
 import re
 import tempfile
 import time
@@ -246,13 +247,18 @@ PARTS = {"exercises": prove_exercises, "cases": prove_cases, "handouts": prove_h
          "attacks": prove_attacks, "grades": prove_grades}
 
 
+def processor_seconds():
+    """Of this process and those that it started."""
+    return sum(os.times()[:4])
+
+
 def prove(parts=tuple(PARTS), show=print):
     """The proof's figures, and what failed, part by part."""
     seconds, failures = {}, {}
     for part in parts:
-        start, failed = time.monotonic(), []
+        start, failed = processor_seconds(), []
         PARTS[part](failed.append)
-        seconds[part] = round(time.monotonic() - start, 1)
+        seconds[part] = round(processor_seconds() - start, 1)
         if failed:
             failures[part] = failed
         show(f"{part}: {seconds[part]} s" + "".join(f"\n  {line}" for line in failed))

@@ -3,12 +3,13 @@ import json
 import re
 from xml.etree import ElementTree
 
+import coursework
 import pytest
 from conftest import PATIENCE, ROOT, spawn
 
 
 def run(*arguments):
-    """What coursework.py prints and its exit status."""
+    """What coursework.py prints and its exit status, where it forks in a process of its own."""
     process = spawn(str(ROOT / "tests" / "coursework.py"), *map(str, arguments))
     printed, errors = process.communicate(timeout=PATIENCE)
     return printed + errors, process.returncode
@@ -35,9 +36,9 @@ def test_there_is_enough_of_each_kind(proof):
     assert proof["wrong answers"] >= 60 and proof["attacks"] >= 30
 
 
-def test_the_list_shows_each_exercise_and_the_hours():
-    printed, status = run("list")
-    assert status == 0
+def test_the_list_shows_each_exercise_and_the_hours(capsys):
+    assert coursework.main(["list"]) == 0
+    printed = capsys.readouterr().out
     assert re.search(r"tier core: \d+ exercises, \d+ points, (7|8)\.\d hours", printed), printed
     assert len(re.findall(r"^\S+ +(?:core|full|challenge) +(?:write|bug|predict|race) +\d+ +\d+", printed, re.M)) >= 50
 
@@ -45,7 +46,7 @@ def test_the_list_shows_each_exercise_and_the_hours():
 def test_a_class_is_graded_as_text_json_and_junit(tmp_path):
     """Two submissions of predictions: one without an answer, one with a right, a wrong and a senseless one."""
     for name in ("ada", "bob"):
-        assert run("handout", tmp_path / "class" / name, "--kind", "predict")[1] == 0
+        assert coursework.main(["handout", str(tmp_path / "class" / name), "--kind", "predict"]) == 0
     answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
     (tmp_path / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
     files = tmp_path / "r.json", tmp_path / "r.xml"
@@ -61,12 +62,10 @@ def test_a_class_is_graded_as_text_json_and_junit(tmp_path):
     assert "bob: 1 of" in printed
 
 
-def test_a_handout_overwrites_nothing(tmp_path):
+@pytest.mark.parametrize("command, said", [("handout", "not empty"), ("grade", "no folder")])
+def test_a_handout_overwrites_nothing_and_a_missing_folder_is_named(command, said, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
-    printed, status = run("handout", tmp_path)
-    assert status == 2 and "not empty" in printed and [x.name for x in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_grading_names_a_folder_that_is_not_there(tmp_path):
-    printed, status = run("grade", tmp_path / "nobody")
-    assert status == 2 and "no folder" in printed
+    with pytest.raises(SystemExit, match="2"):
+        coursework.main([command, str(tmp_path if command == "handout" else tmp_path / "nobody")])
+    assert said in capsys.readouterr().err
+    assert [x.name for x in tmp_path.iterdir()] == ["thesis.txt"]
