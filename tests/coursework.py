@@ -27,7 +27,6 @@ import select
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -47,6 +46,7 @@ LIMIT = 10.0                # seconds for an exercise; the reference takes less 
 MOST = 2 ** 20              # bytes of a file that is handed in
 MEMORY = 4 * 2 ** 30        # bytes that an answer may use more than torch does
 MINE = 1_000_000            # added to line numbers of the student's, which so are told from the reference's
+ANOTHER = "it gave another result"
 BETRAYS = "which number betrays it"
 STEPS = {"faster_product": (1.5, 3, 6), "faster_decoding": (1.4, 2, 2.6), "faster_quantizer": (2, 5, 15)}
 
@@ -328,8 +328,8 @@ def spliced(reference, text, function):
     try:
         theirs = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        raise Refused(f"the file cannot be read: {str(error).splitlines()[0]}" + (f" (line {line})" if line else ""))
+        where = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        raise Refused(f"the file cannot be read: {getattr(error, 'msg', error)}{where}") from None
     own = ast.parse(reference)
     node, old = find(theirs, function), find(own, function)
     if not isinstance(node, ast.FunctionDef):
@@ -462,7 +462,8 @@ def describe(error):
     if isinstance(error, NotImplementedError):
         return f"not written yet{place}"
     if isinstance(error, AssertionError):
-        return "it gave another result"
+        telling = re.search(r"^(Expected .* but got .*|Mismatched .*|The values for attribute .*|need a .*)$", str(error), re.M)
+        return ANOTHER + (f": {telling[0][:160]}" if telling else "")
     text = " ".join(str(error)[:1000].split())
     return f"{type(error).__name__}: {text[:160]}{place}"
 
@@ -657,7 +658,8 @@ def answers_of(folder):
     try:
         answers = json.loads(answer_of(folder, "answers.json"))
     except (ValueError, RecursionError) as error:
-        raise Refused(f"answers.json cannot be read: {error}") from None
+        where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise Refused(f"answers.json is not valid JSON{where}") from None
     if not isinstance(answers, dict):
         raise Refused("answers.json must hold what was handed out, filled in")
     return answers
@@ -676,7 +678,8 @@ def grade_answer(exercise, folder):
             reason = "there is no answer"
     except Refused as error:
         reason = str(error)
-    text = f"expected: {test.expected}; but {reason}" if reason else ""
+    wanted = right if exercise.kind == "predict" else f"{right}, {numbers(exercise)[right - 1]}"
+    text = f"expected: {wanted}; but {reason}" if reason else ""
     return Result(test.name, 0 if reason else test.points, test.points, text)
 
 
@@ -729,7 +732,8 @@ def grade(folder, tier=None, kind=None, limit=LIMIT):
     for exercise in chosen(tier, kind):
         for result in grade_exercise(exercise, folder, limit):
             tests.append({"name": f"{exercise.name}: {result.name}", "number": exercise.name, "score": result.score,
-                          "max_score": result.points, "output": result.reason, "visibility": "visible",
+                          "max_score": result.points, "output": result.reason,
+                          "visibility": "after_due_date" if exercise.kind in ("bug", "predict") else "visible",
                           "tags": [exercise.kind, exercise.tier]})
     return {"score": sum(x["score"] for x in tests), "max_score": sum(x["max_score"] for x in tests),
             "execution_time": round(time.monotonic() - start, 1), "visibility": "visible",
@@ -767,7 +771,10 @@ def show(name, result):
         by_exercise.setdefault(x["number"], []).append(x)
     for exercise, tests in by_exercise.items():
         print(f"  {sum(x['score'] for x in tests):4g} / {sum(x['max_score'] for x in tests):<3} {exercise}")
-        reasons = Counter(x["output"].replace("\n", " ") for x in tests if x["output"])
+        reasons = [x["output"] for x in tests if x["output"]]
+        causes = {reason.rpartition("; but ")[2] for reason in reasons}
+        if len(causes) == 1 and len(reasons) > 1 and ANOTHER not in reasons[0]:
+            reasons = causes
         for reason in reasons:
             print(f"              {reason}")
     for exercise, why in result["extra_data"]["why"].items():
