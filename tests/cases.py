@@ -386,11 +386,12 @@ MODULE = {"faster_product": "gnn", "faster_decoding": "generators", "faster_quan
 def main(kind, name):
     case = globals()[f"{kind}_{name}"]
     if kind == "race":
-        print(f"{1000 * seconds(case(__import__(MODULE[name]))):.2f} ms")
+        work = case(__import__(MODULE[name]))
+        print(f"{1000 * seconds(work):.2f} ms; the result's sum, which must stay: {work().double().sum().item():.6g}")
     elif kind == "watch":
         print(case.__doc__)
-        for text, value in case().items():
-            print(f"  {value:10.4f}  {text}")
+        for n, (text, value) in enumerate(sorted(case().items()), 1):
+            print(f"{n}. {value:10.4f}  {text}")
     else:
         print(case())
 

@@ -642,7 +642,7 @@ def moved(exercise):
 
 def numbers(exercise):
     """The numbers of a bug's case, in the order of its answers 1, 2, 3."""
-    return list(case("watch", exercise))
+    return sorted(case("watch", exercise))
 
 
 def betraying(exercise):
@@ -824,7 +824,7 @@ def shown_cases(exercises):
 def describe_exercise(exercise):
     """An exercise's section in the students' README."""
     points, more = points_of(exercise), ""
-    head = f"### {exercise.name} ({points} point{'s' * (points > 1)}, {exercise.minutes} minutes, {exercise.tier})\n"
+    head = f"### {exercise.name}\n\n{points} point{'s' * (points > 1)}, {exercise.minutes} minutes, {exercise.tier}.\n"
     if exercise.kind == "predict":
         return f"{head}\n{exercise.equation}\n\nHint: {exercise.hint}\n"
     file, function = split_name(exercise)
@@ -840,7 +840,8 @@ def describe_exercise(exercise):
     if exercise.kind != "bug":
         lines += [f"Expected (points):\n\n{wanted}"]
     if any(test.shown for test in GRADED[exercise.name]):
-        lines += [f"Test: `pytest test_exercises.py -k {exercise.name}`"]
+        first = f" (write {' and '.join(exercise.after.split())} first)" if exercise.after else ""
+        lines += [f"Test{first}: `pytest test_exercises.py -k {exercise.name}`"]
     return "\n\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 

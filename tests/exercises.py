@@ -36,6 +36,7 @@ class Exercise(NamedTuple):
     also: tuple = ()
     wrong: tuple = ()
     extends: str = ""           # the exercise on the same function, which this one goes on with
+    after: str = ""             # exercises whose functions the tests that students have need, too
 
 
 BLANK = "raise NotImplementedError"
@@ -71,6 +72,7 @@ WRITE = (
                  Wrong("test_normalization_by_hand", ".rsqrt()", ".float().sqrt()"))),
     write("propagation", "core", "gnn.propagate", 20, "smoothing over the graph", "x^(k+1) = S x^k, mean over k",
           "Three lines: one product per layer, a running total, one division.",
+          after="normalization",
           wrong=(Wrong("test_propagation_by_hand", "x, total = x0, x0", "x, total = x0, torch.zeros_like(x0)"),
                  Wrong("test_propagation_by_hand", "total / (layers + 1)", "x"),
                  Wrong("test_propagation_is_the_mean_of_powers", "total / (layers + 1)", "total / max(layers, 1)"),
@@ -89,6 +91,7 @@ WRITE = (
     write("negatives", "full", "gnn.sample_negatives", 45, "exact negatives, without rejection",
           "item = r + #{j : p_j - j <= r}",
           "Do the docstring's example with pencil and paper first; torch.searchsorted counts.",
+          after="normalization",
           wrong=(Wrong("test_negatives_by_hand", "return r + before - start", "return r"),
                  Wrong("test_negatives_by_hand", "right=True", "right=False"),
                  Wrong("test_negatives_are_uniform_over_what_each_user_lacks", "return r + before - start",
@@ -104,6 +107,7 @@ WRITE = (
                   PARTIAL("append recall and NDCG (2, C) to parts"))),
           also=(Also("test_gnn.test_ranking_matches_brute_force_ties_and_missing_users_included", 1,
                      "both as by sorting every user's items, for many users, seen items and ties", (3, 5, 7)),),
+          after="normalization",
           wrong=(Wrong("test_ranking_recall_by_hand", "hit.sum(1) / n_test", "hit.sum(1) / k"),
                  Wrong("test_ranking_matches_brute_force_ties_and_missing_users_included",
                        "ideal[n_test.long().clamp(max=k) - 1]", "ideal[hit.sum(1).long().clamp(min=1) - 1]"),
@@ -123,6 +127,7 @@ WRITE = (
                  ("        p = items.new_zeros(n_new, items.shape[1]).index_add_(0, person, weight * items[liked])\n",
                   ""),
                  ("return dict(zip(self.modalities, p.split(self.cfg.dim, dim=1)))", BLANK)),
+          after="normalization propagation",
           wrong=(Wrong("test_fold_in_is_what_a_user_in_the_graph_has", "1 + graph.row_ptr", "graph.row_ptr"),
                  Wrong("test_fold_in_is_what_a_user_in_the_graph_has", "layers / (layers + 1) * ", ""),
                  Wrong("test_fold_in_of_two_layers", "self.layer0(), layers - 1", "self.layer0(), layers"),
@@ -161,7 +166,7 @@ WRITE = (
                  ("        total = torch.where(dead[:, None], x[rows[nth]] / n_codes, total)\n",
                   "        " + PARTIAL("count (K,) and total (K, D), moved, and with dead codes revived") + "\n")),
           also=(Also("test_vq.test_update_equals_a_loop_over_the_rows", 1,
-                     "four updates with revival as by a loop over the rows, rows drawn by draw_rows", (0.8,)),),
+                     "four updates with revival as by a loop: rows drawn by draw_rows, by their error as it was", (0.8,)),),
           wrong=(Wrong("test_ema_codebook_by_hand", "count.lerp(self.count, decay), total.lerp(self.total, decay)",
                        "self.count.lerp(count, decay), self.total.lerp(total, decay)"),
                  Wrong("test_ema_codebook_by_hand", "1 / len(x))", "1.0)"),
@@ -173,6 +178,7 @@ WRITE = (
     write("residual_quantization", "core", "vq.ResidualVQVAE.quantize", 40, "a few codes, each for what is left over",
           "r_(l+1) = r_l - e_l,code_l;  z_q = sum_l e_l,code_l",
           "Keep two running tensors: what is left over, and what has been said. straight_through joins them.",
+          after="nearest_code straight_through",
           wrong=(Wrong("test_residual_quantization_by_hand", "nearest_code(residual,", "nearest_code(z_e,"),
                  Wrong("test_residual_quantization_commits_every_level", "torch.stack(errors).mean()", "errors[-1]"),
                  Wrong("test_residual_quantization_commits_every_level", "torch.stack(errors).mean()",
@@ -219,7 +225,7 @@ WRITE = (
     write("guidance", "core", "generators.guided_v", 30, "classifier-free guidance", "v(null) + w (v(k) - v(null))",
           "w = 0 is unpersonalized, w = 1 as trained. Null tokens are -1. torch.no_grad for the null branch.",
           also=(Also("test_image.test_guided_v_is_two_forwards_one_by_one_with_and_without_gradient", 1,
-                     "with a real denoiser: as by two passes, with and without gradient", (2.5,)),),
+                     "with a denoiser in float64: as by two passes, with and without gradient", (2.5,)),),
           wrong=(Wrong("test_guidance_by_hand", "_at_least_fp32(v), guidance)", "_at_least_fp32(v), 1 + guidance)"),
                  Wrong("test_guidance_by_hand", "torch.lerp(_at_least_fp32(v_null), _at_least_fp32(v), guidance)",
                        "v_null + guidance * v"),

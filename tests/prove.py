@@ -10,8 +10,8 @@ from pathlib import Path
 
 import coursework
 from coursework import (ANOTHER, BETRAYS, EXERCISES, GRADED, MODULES, NAMED, betraying, chosen, grade, grade_exercise,
-                        grade_function, grade_race, grade_texts, handed_out, handout, handout_texts, mistaken, moved, points_of, read,
-                        source_of, split_name)
+                        grade_function, grade_race, grade_texts, handed_out, handout, handout_texts, mistaken, moved,
+                        points_of, read, source_of, split_name)
 
 CODE = [x for x in EXERCISES if x.kind != "predict"]
 BRIEF = 1.5                 # seconds that an attack is given
@@ -60,6 +60,28 @@ def prove_exercises(say):
         for text in texts:
             if not others_stand(text, exercise):
                 say(f"{exercise.name}: one of its texts changes another exercise's function")
+
+
+def prove_order(say):
+    """The tests that students have of an exercise pass once it and those that it comes after are written."""
+    handed = handout_texts()
+    for exercise in chosen(kind="write"):
+        texts = {module: handed[f"{module}.py"] for module in MODULES}
+        for name in (exercise.name, *exercise.after.split()):
+            file, function = split_name(NAMED[name])
+            texts[file] = coursework.with_function(texts[file], function, source_of(read(file), function))
+        tests = [test for test in GRADED[exercise.name] if test.shown]
+
+        def work(send):
+            code = {name: (compile(text, name, "exec", optimize=0), name) for name, text in texts.items()}
+            coursework.use(coursework.REFERENCE | code)
+            for test in tests:
+                coursework.run_test(test)
+        _, end = coursework.in_process(work, 60)
+        if end:
+            say(f"{exercise.name}: written after {exercise.after or 'nothing'}, a test says: {end}")
+        if not tests and exercise.kind == "write":
+            say(f"{exercise.name}: students have no test of it")
 
 
 def prove_cases(say):
@@ -243,7 +265,7 @@ def prove_grades(say):
             say("a loss without a reason")
 
 
-PARTS = {"exercises": prove_exercises, "cases": prove_cases, "handouts": prove_handouts,
+PARTS = {"exercises": prove_exercises, "order": prove_order, "cases": prove_cases, "handouts": prove_handouts,
          "attacks": prove_attacks, "grades": prove_grades}
 
 

@@ -24,7 +24,7 @@ def proof(tmp_path_factory):
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("part", ["exercises", "cases", "handouts", "attacks", "grades"])
+@pytest.mark.parametrize("part", ["exercises", "order", "cases", "handouts", "attacks", "grades"])
 def test_the_graders_are_proved(proof, part):
     """exercises: full points for the reference, none for what is handed out, and each wrong answer is caught."""
     assert part in proof["seconds"]

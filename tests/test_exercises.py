@@ -558,6 +558,18 @@ def test_log_prob_by_hand():
     close(reward.gaussian_log_prob(x, torch.zeros(2, 2), 1.0), [-math.log(2 * math.pi) - 2, -math.log(2 * math.pi)])
 
 
+@grades("pair_reward", 1, "an image whose cosine is 1 gets lambda_c more, one whose cosine is 0 as much less", shown=True)
+def test_pair_reward_by_hand():
+    import reward
+    image, text, zero = torch.eye(2)[None], torch.eye(2)[None, :1], torch.zeros(1, 2)
+    cfg = reward.RewardConfig(lambda_c=2.0, lambda_p=0.0)
+    for_image, for_text, parts = reward.pair_reward(image, text, zero, zero[:, :1] + 3, cfg)
+    close(for_image, [[2.0, -2.0]], rtol=0, atol=1e-2)
+    close(for_text, [[0.0]])
+    close(parts.consistency, [0.5])
+    close(parts.s_text, 3.0)
+
+
 @grades("pair_reward", 1, "with lambda_p = 0 it is lambda_c times the normalized mean cosine with the group's partners")
 def test_pair_reward_of_consistency_alone():
     import reward
