@@ -288,7 +288,7 @@ WRITE = (
     write("log_prob", "core", "reward.gaussian_log_prob", 20, "how likely was this step?", "log N(x; mean, std^2), summed",
           "Three terms per number; sum over all but the batch. bf16 is too coarse to sum in.",
           also=(Also("test_reward.test_gaussian_log_prob_and_kl_are_those_of_torch_distributions", 1,
-                     "as torch.distributions has it, for numbers and tensors as std, by value and gradient"),),
+                     "as torch.distributions has it, by value and gradient; of bf16 numbers in fp32"),),
           wrong=(Wrong("test_log_prob_by_hand", ".sum(1)", ".mean(1)"),
                  Wrong("test_gaussian_log_prob_and_kl_are_those_of_torch_distributions", " - std.log()", ""),
                  Wrong("test_log_prob_by_hand", ".square() / 2", ".square()"),

@@ -14,7 +14,7 @@ from coursework import (ANOTHER, BETRAYS, EXERCISES, GRADED, MODULES, NAMED, bet
                         points_of, read, source_of, split_name)
 
 CODE = [x for x in EXERCISES if x.kind != "predict"]
-BRIEF = 1.5                 # seconds that an attack is given
+BRIEF = 1.0                 # processor seconds that an attack is given
 
 
 def lost(results):
@@ -163,6 +163,11 @@ FILES = {
     "endless import": "while True:\n    pass\n",
     "a later definition": "bpr_loss = lambda *a: 0\n",
 }
+BROKEN = {"syntax error": read("gnn").replace("def bpr_loss(", "def bpr_loss(("), "zero bytes": "\0" * 100,
+          "deep": "(" * 100_000, "empty": "", "other": "x = 1\n", "too large": read("gnn") + "#" * coursework.MOST}
+NO_ANSWERS = ("[" * 100_000, "[]", "null", "", "{}", '{"nucleus_size": NaN, "bug_last_noise": {"betrayed_by": true}}',
+              '{"nucleus_size": "3", "bug_last_noise": []}', '{"nucleus_size": 1e999, "bug_last_noise": "2"}',
+              '{"nucleus_size": [3], "bug_last_noise": {"betrayed_by": [1, 2, 3]}}')
 
 
 def wrong_bpr(body):
@@ -196,18 +201,13 @@ def prove_attacks(say):
                 say(f"{name}: it changes another exercise's function")
         for name, more in FILES.items():
             check(name, wrong_bpr("return neg_score.sum() * 0") + "\n" + more)
-        for name, text in {"syntax error": read("gnn").replace("def bpr_loss(", "def bpr_loss(("),
-                           "zero bytes": "\0" * 100, "deep": "(" * 100_000, "empty": "", "other": "x = 1\n",
-                           "too large": read("gnn") + "#" * coursework.MOST}.items():
+        for name, text in BROKEN.items():
             check(name, text, (elsewhere,))
-        (folder / "gnn.py").write_bytes(b"\xff\xfe" * 50)
-        unreadable = grade_function(bpr, folder, BRIEF)
-        (folder / "gnn.py").unlink()
-        missing = grade_function(bpr, folder, BRIEF)
-        (folder / "gnn.py").symlink_to(coursework.ROOT / "gnn.py")
-        linked = grade_function(bpr, folder, BRIEF)
-        if any(x.score for x in (*unreadable, *missing, *linked)) or lost(grade_function(elsewhere, folder)):
-            say("a gnn.py that is missing, unreadable or a link")
+        for name, make in {"unreadable": lambda file: file.write_bytes(b"\xff\xfe" * 50), "missing": Path.unlink,
+                           "a link": lambda file: file.symlink_to(coursework.ROOT / "gnn.py")}.items():
+            make(folder / "gnn.py")
+            if any(x.score for x in grade_function(bpr, folder, BRIEF)) or lost(grade_function(elsewhere, folder)):
+                say(f"{name}: gnn.py")
         prove_answers(say, folder)
     prove_honest(say)
 
@@ -217,10 +217,7 @@ def prove_answers(say, folder):
     prediction, bug = NAMED["nucleus_size"], NAMED["bug_last_noise"]
     right = coursework.case("predict", prediction), betraying(bug)
     good = {"nucleus_size": right[0], "bug_last_noise": {"betrayed_by": right[1]}}
-    for text, points in ((json.dumps(good), 2), ("[" * 100_000, 0), ("[]", 0), ("null", 0), ("", 0), ("{}", 0),
-                         ('{"nucleus_size": NaN, "bug_last_noise": {"betrayed_by": true}}', 0),
-                         ('{"nucleus_size": "3", "bug_last_noise": []}', 0),
-                         ('{"nucleus_size": [3], "bug_last_noise": {"betrayed_by": [1, 2, 3]}}', 0)):
+    for text, points in ((json.dumps(good), 2), *((text, 0) for text in NO_ANSWERS)):
         (folder / "answers.json").write_text(text)
         results = [grade_exercise(prediction, folder)[0], grade_exercise(bug, folder)[-1]]
         if sum(x.score for x in results) != points:
@@ -287,7 +284,7 @@ def prove(parts=tuple(PARTS), show=print):
     kinds = [x.kind for x in EXERCISES]
     found = {"exercises": len(kinds), **{kind: kinds.count(kind) for kind in ("write", "bug", "predict", "race")},
              "tests": sum(test.name != BETRAYS for tests in GRADED.values() for test in tests),
-             "wrong answers": sum(len(x.wrong) for x in EXERCISES), "attacks": len(ATTACKS) + len(FILES) + 9,
+             "wrong answers": sum(len(x.wrong) for x in EXERCISES), "attacks": len(ATTACKS) + len(FILES) + len(BROKEN) + 3 + len(NO_ANSWERS),
              "points": sum(map(points_of, EXERCISES)), "seconds": seconds, "failures": failures}
     show(json.dumps({k: v for k, v in found.items() if k != "failures"}))
     return found
