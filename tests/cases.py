@@ -370,14 +370,13 @@ def race_faster_quantizer(vq):
     return lambda: vq.nearest_code(x, book)
 
 
-def seconds(work, repeats=5):
-    """The least processor time of several runs: another busy process does not count."""
-    spent = []
-    for _ in range(repeats):
-        start = time.process_time()
+def seconds(work, least=0.15):
+    """Processor time of one run, over as many as take `least`: another busy process does not count."""
+    start, runs = time.process_time(), 0
+    while (spent := time.process_time() - start) < least:
         work()
-        spent.append(time.process_time() - start)
-    return min(spent)
+        runs += 1
+    return spent / runs
 
 
 MODULE = {"faster_product": "gnn", "faster_decoding": "generators", "faster_quantizer": "vq"}
@@ -387,7 +386,7 @@ def main(kind, name):
     case = globals()[f"{kind}_{name}"]
     if kind == "race":
         work = case(__import__(MODULE[name]))
-        print(f"{1000 * seconds(work):.2f} ms; the result's sum, which must stay: {work().double().sum().item():.6g}")
+        print(f"{1000 * min(seconds(work) for _ in range(3)):.2f} ms; the result's sum, which must stay: {work().double().sum().item():.6g}")
     elif kind == "watch":
         print(case.__doc__)
         for n, (text, value) in enumerate(sorted(case().items()), 1):

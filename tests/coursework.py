@@ -11,7 +11,8 @@ How it grades. Of the student's file only the exercise's function is taken, with
 functions, constants and imports that the reference lacks. Spliced into the reference, it is graded by the teacher's
 tests, in a process of its own with a time limit. So a mistake costs its own exercise only, nothing that a file does
 when it is imported is ever run, and the student's tests are not read. What a function may name is restricted (FORBIDDEN):
-no files, processes, frames, no attributes of modules changed. Needs os.fork: Linux, macOS, or WSL."""
+no files, processes, frames, no attributes of modules changed. That stops tricks, not a criminal: let the answers of
+strangers run in a container. Needs os.fork: Linux, macOS, or WSL."""
 import argparse
 import ast
 import functools
@@ -219,7 +220,7 @@ BUILTINS = set("""eval exec compile open globals locals vars getattr setattr del
     memoryview""".split())
 FORBIDDEN = set("""os sys subprocess builtins inspect gc ctypes importlib signal threading socket shutil tempfile pytest
     multiprocessing asyncio pickle marshal codecs io pathlib Path atexit faulthandler resource warnings traceback testing
-    load save utils hub jit ops classes library overrides distributed package serialization fromfile tofile memmap
+    open exec system popen fork kill from_file genfromtxt fromregex DataSource open_memmap utils hub jit ops classes library overrides distributed package serialization fromfile tofile memmap
     ctypeslib f2py DataLoader f_back f_globals f_locals f_builtins f_code gi_frame cr_frame ag_frame tb_frame tb_next mro
     attrgetter methodcaller monkeypatch coursework cases exercises test_exercises conftest argparse csv contextlib Image
     ImageOps tqdm register_forward_hook register_full_backward_hook""".split())
@@ -273,7 +274,7 @@ def check_node(x, known, own):
         refuse(f"{x.name} is not allowed in an answer")
     elif isinstance(x, (ast.Name, ast.Attribute)):
         name = x.id if isinstance(x, ast.Name) else x.attr
-        hidden = name.startswith("_") and name != "_" and name not in known and root(x) != "self"
+        hidden = name.startswith("_") and name != "_" and name not in known or name.startswith(("save", "dump", "load"))
         if name in FORBIDDEN or hidden or isinstance(x, ast.Name) and name in BUILTINS:
             refuse(f"{name} is not allowed in an answer")
         if name.startswith("__") and name != "__init__":
@@ -609,7 +610,7 @@ def race(plain, fast):
     spent = [[], []]
     for _ in range(3):
         for times, work in zip(spent, (plain, fast)):
-            times.append(importlib.import_module("cases").seconds(work, 1))
+            times.append(importlib.import_module("cases").seconds(work))
     return min(spent[0]) / min(spent[1])
 
 

@@ -27,6 +27,7 @@ def normal(*shape, seed=0):
 def close(found, expected, **tolerance):
     """Whether `found` is a plain tensor of these values: something that merely calls itself equal does not pass."""
     assert type(found) is Tensor, f"need a tensor, not {type(found).__name__}"
+    assert found.dtype in (torch.float32, torch.float64), f"need float32 or float64, not {found.dtype}"
     assert_close(found, torch.as_tensor(expected, dtype=found.dtype), **tolerance)
 
 
