@@ -50,7 +50,7 @@ MEMORY = 4 * 2 ** 30        # bytes that an answer may use more than torch does
 MINE = 1_000_000            # added to line numbers of the student's, which so are told from the reference's
 ANOTHER = "it gave another result"
 BETRAYS = "which number betrays it"
-STEPS = {"faster_product": (1.5, 3, 6), "faster_decoding": (1.4, 2, 2.6), "faster_quantizer": (2, 5, 15)}
+STEPS = {"faster_product": (1.5, 3, 6), "faster_decoding": (1.4, 2, 2.5), "faster_quantizer": (2, 5, 15)}
 
 
 class Test(NamedTuple):
