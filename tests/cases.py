@@ -6,7 +6,6 @@
 
 The teacher grades predictions by running these cases on the reference, and asks of a bug which number betrays it."""
 import itertools
-import math
 import sys
 import time
 
@@ -129,7 +128,8 @@ def watch_bug_last_noise():
     draw = lambda times, seed: generators.denoise(net, z, times, words, words.expand(50, 2), seeded(seed))
     return {"spread of two draws of a first step, 0.98 to 0.7 (above 0.5)": (draw([0.98, 0.7], 1)
                                                                            - draw([0.98, 0.7], 2)).std().item(),
-            "spread of two draws of the last step, 0.25 to 0 (0)": (draw([0.25, 0], 1) - draw([0.25, 0], 2)).std().item(),
+            "spread of two draws of the last step, 0.25 to 0 (0)": (draw([0.25, 0], 1)
+                                                                    - draw([0.25, 0], 2)).std().item(),
             "deviation of the starting noise (1)": z.std().item()}
 
 
@@ -204,10 +204,10 @@ def watch_bug_own_taste():
     item = torch.rand(300, 500, generator=seeded(1)).topk(5).indices.flatten()
     other = torch.randint(500, item.shape, generator=seeded(2))
     won = lambda taste: (F.cosine_similarity(e[item], taste) > F.cosine_similarity(e[other], taste)).double().mean()
-    stranger = reward.taste_without(e, user, item, user, other)
+    stranger, own = (reward.taste_without(e, user, item, user, judged) for judged in (other, item))
     return {"comparisons (1500)": len(item),
             "share of users with a taste (1)": (stranger.norm(dim=1) > 0).double().mean().item(),
-            "share of comparisons that the own item wins (0.5)": won(reward.taste_without(e, user, item, user, item)).item()}
+            "share of comparisons that the own item wins (0.5)": won(own).item()}
 
 
 # ---- predict, then run
@@ -386,7 +386,8 @@ def main(kind, name):
     case = globals()[f"{kind}_{name}"]
     if kind == "race":
         work = case(__import__(MODULE[name]))
-        print(f"{1000 * min(seconds(work) for _ in range(3)):.2f} ms; the result's sum, which must stay: {work().double().sum().item():.6g}")
+        print(f"{1000 * min(seconds(work) for _ in range(3)):.2f} ms; sum of the result, which must stay: "
+              f"{work().double().sum().item():.6g}")
     elif kind == "watch":
         print(case.__doc__)
         for n, (text, value) in enumerate(sorted(case().items()), 1):

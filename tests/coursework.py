@@ -10,7 +10,7 @@ The exercises are a table (exercises.py), the tests that grade them lie in test_
 How it grades. Of the student's file only the exercise's function is taken, with what it needs of the student's own:
 functions, constants and imports that the reference lacks. Spliced into the reference, it is graded by the teacher's
 tests, in a process of its own with a time limit. So a mistake costs its own exercise only, nothing that a file does
-when it is imported is ever run, and the student's tests are not read. What a function may name is restricted (FORBIDDEN):
+when it is imported is ever run, and the student's tests are not read. What a function may name is restricted:
 no files, processes, frames, no attributes of modules changed. That stops tricks, not a criminal: let the answers of
 strangers run in a container. Needs os.fork: Linux, macOS, or WSL."""
 import argparse
@@ -100,8 +100,9 @@ def graded_tests():
         if exercise.kind == "predict":
             found[exercise.name].append(Test("prediction", 1, "what the small case gives"))
         if exercise.kind == "race":
-            found[exercise.name] += [Test(f"at least {ratio} times as fast", 1, f"the plain version's result in 1 / {ratio} "
-                                          "of its time") for ratio in STEPS[exercise.name]]
+            found[exercise.name] += [Test(f"at least {ratio} times as fast", 1,
+                                          f"the plain version's result in 1 / {ratio} of its time")
+                                     for ratio in STEPS[exercise.name]]
     return found
 
 
@@ -216,14 +217,16 @@ def mistaken(text, exercise, wrong: Wrong):
 # ---- what an answer may hold
 
 IMPORTS = {"torch", "numpy", "math", "scipy", "itertools", "functools", "collections", "typing"}
-BUILTINS = set("""eval exec compile open globals locals vars getattr setattr delattr breakpoint input exit quit help type
-    memoryview""".split())
+BUILTINS = set("""eval exec compile open globals locals vars getattr setattr delattr breakpoint input exit quit help
+    type memoryview""".split())
 FORBIDDEN = set("""os sys subprocess builtins inspect gc ctypes importlib signal threading socket shutil tempfile pytest
-    multiprocessing asyncio pickle marshal codecs io pathlib Path atexit faulthandler resource warnings traceback testing
-    open exec system popen fork kill from_file genfromtxt fromregex DataSource open_memmap utils hub jit ops classes library overrides distributed package serialization fromfile tofile memmap
-    ctypeslib f2py DataLoader f_back f_globals f_locals f_builtins f_code gi_frame cr_frame ag_frame tb_frame tb_next mro
-    attrgetter methodcaller monkeypatch coursework cases exercises test_exercises conftest argparse csv contextlib Image
-    ImageOps tqdm register_forward_hook register_full_backward_hook""".split())
+    multiprocessing asyncio pickle marshal codecs io pathlib Path atexit faulthandler resource warnings traceback
+    testing open exec system popen fork kill from_file genfromtxt fromregex DataSource open_memmap utils hub jit ops classes
+    library overrides distributed package serialization fromfile tofile memmap ctypeslib f2py DataLoader f_back
+    f_globals f_locals f_builtins f_code gi_frame cr_frame ag_frame tb_frame tb_next mro attrgetter methodcaller monkeypatch
+    coursework prove cases exercises test_exercises conftest argparse csv contextlib Image ImageOps tqdm
+    register_forward_hook register_full_backward_hook""".split())
+BEGINNINGS = ("save", "dump", "load")       # of names that are forbidden, too
 
 
 def names_in(node):
@@ -274,7 +277,7 @@ def check_node(x, known, own):
         refuse(f"{x.name} is not allowed in an answer")
     elif isinstance(x, (ast.Name, ast.Attribute)):
         name = x.id if isinstance(x, ast.Name) else x.attr
-        hidden = name.startswith("_") and name != "_" and name not in known or name.startswith(("save", "dump", "load"))
+        hidden = name.startswith("_") and name != "_" and name not in known or name.startswith(BEGINNINGS)
         if name in FORBIDDEN or hidden or isinstance(x, ast.Name) and name in BUILTINS:
             refuse(f"{name} is not allowed in an answer")
         if name.startswith("__") and name != "__init__":
@@ -466,7 +469,8 @@ def describe(error):
     if isinstance(error, NotImplementedError):
         return f"not written yet{place}"
     if isinstance(error, AssertionError):
-        telling = re.search(r"^(Expected .* but got .*|Mismatched .*|The values for attribute .*|need a .*)$", str(error), re.M)
+        beginnings = "Expected .* but got|Mismatched|The values for attribute|need "
+        telling = re.search(f"^({beginnings}).*$", str(error), re.M)
         return ANOTHER + (f": {telling[0][:160]}" if telling else "")
     text = " ".join(str(error)[:1000].split())
     return f"{type(error).__name__}: {text[:160]}{place}"
@@ -836,7 +840,8 @@ def describe_exercise(exercise):
     lines = [head, f"`{file}.py`: `{function}`. {exercise.concept[0].upper()}{exercise.concept[1:]}"
              f"{'.' if exercise.kind == 'bug' else f': `{exercise.equation}`'}"]
     if exercise.kind == "bug":
-        lines += [f"Symptom: {exercise.equation}. Run `python cases.py watch {exercise.name}`.", "Which number betrays it?"]
+        lines += [f"Symptom: {exercise.equation}. Run `python cases.py watch {exercise.name}`."]
+        lines += ["Which number betrays it?"]
         lines += ["\n".join(f"{k}. {re.sub(r' [(].*', '', text)}" for k, text in enumerate(numbers(exercise), 1))]
     else:
         wanted = "\n".join(f"- {test.expected} ({test.points})" for test in GRADED[exercise.name])
@@ -851,15 +856,23 @@ def describe_exercise(exercise):
 
 
 KINDS = {
-    "write": "Write it\n\nThe body is missing (`raise NotImplementedError`), or a part of it. The docstring says what the "
-             "function does, shapes and equation included. You may add functions, constants and imports of your own.",
-    "race": "Make it faster\n\nThe function is right and slow (or still to be written, above). Make it faster without "
-            "changing what it gives. Points by how many times as fast it is as the plain version, side by side.",
-    "bug": "Find the bug\n\nThe function runs and is subtly wrong, as published code has been. Mend it. In `answers.json` "
-           "say which number betrays it: 1, 2 or 3 in `betrayed_by` (1 point), and in one line, `why`, how (your teacher "
-           "reads it). A case runs once the functions that it calls are written.",
-    "predict": "Predict, then run\n\nWrite your answer into `answers.json` first: a number, or \"up\", \"down\" or "
-               "\"same\". Then run `python cases.py predict NAME`, and if you were wrong, find out why."}
+    "write": """Write it
+
+The body is missing (`raise NotImplementedError`), or a part of it. The docstring says what the function does, shapes
+and equation included. You may add functions, constants and imports of your own.""",
+    "race": """Make it faster
+
+The function is right and slow (or still to be written, above). Make it faster without changing what it gives. Points by
+how many times as fast it is as the plain version, side by side.""",
+    "bug": """Find the bug
+
+The function runs and is subtly wrong, as published code has been. Mend it. In `answers.json` say which number betrays
+it: 1, 2 or 3 in `betrayed_by` (1 point), and in one line, `why`, how (your teacher reads it). A case runs once the
+functions that it calls are written.""",
+    "predict": """Predict, then run
+
+Write your answer into `answers.json` first: a number, or "up", "down" or "same". Then run `python cases.py predict
+NAME`, and if you were wrong, find out why."""}
 
 
 def students_readme(exercises, tier, kind):
@@ -869,7 +882,7 @@ def students_readme(exercises, tier, kind):
     table = ["| exercise | in | points | minutes |", "|---|---|---|---|"]
     table += [f"| [{x.name}](#{x.name}) | {'answers.json' if x.kind == 'predict' else x.function} | {points_of(x)} | "
               f"{x.minutes} |" for x in exercises]
-    start = (HERE / "coursework.md").read_text(encoding="utf-8").format(
+    start = (HERE / "handout.md").read_text(encoding="utf-8").format(
         n=len(exercises), points=total, hours=round(minutes / 60, 1), tier=tier, kind=kind)
     parts = [start, "\n".join(table)]
     for k in kinds:

@@ -99,7 +99,8 @@ WRITE = (
                  Wrong("test_negatives_by_hand", "graph.n_items - (end - start)",
                        "torch.full_like(user, graph.n_items)"),
                  Wrong("test_negatives_come_from_their_generator", ", generator)", ")"))),
-    write("ranking", "core", "gnn.ranking_metrics", 40, "recall@k and NDCG@k", "DCG = sum over hits of 1/log2(1 + rank)",
+    write("ranking", "core", "gnn.ranking_metrics", 40, "recall@k and NDCG@k",
+          "DCG = sum over hits of 1/log2(1 + rank)",
           "`hit` says at which of the k places a test item stands; `ideal` what the best ranking of n items is worth.",
           plant=(("    ideal = discount.cumsum(0)                              # (k,) for 1, ..., k hits\n", ""),
                  ("        best = ideal[n_test.long().clamp(max=k) - 1]\n", ""),
@@ -142,7 +143,8 @@ WRITE = (
                  Wrong("test_nearest_code_by_hand", ".argmin(1)", ".argmax(1)"),
                  Wrong("test_nearest_code_measures_every_distance", "codebook.square().sum(1) / 2",
                        "codebook.square().mean(1) / 2"),
-                 Wrong("test_nearest_code_measures_every_distance", "", "return torch.cdist(x, codebook, p=1).argmin(1)"))),
+                 Wrong("test_nearest_code_measures_every_distance", "",
+                       "return torch.cdist(x, codebook, p=1).argmin(1)"))),
     write("straight_through", "core", "vq.straight_through", 20, "a gradient through a choice", "z_e + sg(e - z_e)",
           "detach() is sg. Read the docstring's last sentence: in which order does nothing round?",
           also=(Also("test_vq.test_straight_through_passes_the_gradient_unchanged", 1,
@@ -161,12 +163,14 @@ WRITE = (
                  ("        dead = count < self.config.revive_below / n_codes  # (K,)\n", ""),
                  ("        error = (x - self.codebook[codes]).square().sum(1)  # (B,)\n", ""),
                  ("        rows = draw_rows(error, n_codes, generator)  # (min(K, B),)\n", ""),
-                 ("        nth = (dead.cumsum(0) - 1) % len(rows)  # (K,)  the nth dead code gets the nth row drawn\n", ""),
+                 ("        nth = (dead.cumsum(0) - 1) % len(rows)  # (K,)  the nth dead code gets the nth row "
+                  "drawn\n", ""),
                  ("        count = torch.where(dead, 1 / n_codes, count)\n", ""),
                  ("        total = torch.where(dead[:, None], x[rows[nth]] / n_codes, total)\n",
                   "        " + PARTIAL("count (K,) and total (K, D), moved, and with dead codes revived") + "\n")),
           also=(Also("test_vq.test_update_equals_a_loop_over_the_rows", 1,
-                     "four updates with revival as by a loop: rows drawn by draw_rows, by their error as it was", (0.8,)),),
+                     "four updates with revival as by a loop: rows drawn by draw_rows, by their error as it was",
+                     (0.8,)),),
           wrong=(Wrong("test_ema_codebook_by_hand", "count.lerp(self.count, decay), total.lerp(self.total, decay)",
                        "self.count.lerp(count, decay), self.total.lerp(total, decay)"),
                  Wrong("test_ema_codebook_by_hand", "1 / len(x))", "1.0)"),
@@ -240,11 +244,13 @@ WRITE = (
                      "for eta = 1 the exact posterior q(z_s | z_t, z_0)", (0.5, 0.2)),),
           wrong=(Wrong("test_ddim_step_parts_the_noise", "(sigma_s.square() - std.square())", "(sigma_s.square())"),
                  Wrong("test_ddim_step_knows_the_way", "alpha * z - sigma * v", "alpha * z + sigma * v"),
-                 Wrong("test_ddim_step_parts_the_noise", "eta * sigma_s / sigma", "eta * sigma / sigma_s.clamp(min=1e-6)"),
+                 Wrong("test_ddim_step_parts_the_noise", "eta * sigma_s / sigma",
+                       "eta * sigma / sigma_s.clamp(min=1e-6)"),
                  Wrong("test_ddim_step_parts_the_noise", "eta * sigma_s", "sigma_s"),
                  Wrong("test_ddim_step_ends_without_noise", "eta * sigma_s / sigma",
                        "eta * sigma_s.clamp(min=0.2) / sigma"))),
-    write("v_loss", "core", "generators.Denoiser.loss", 20, "what the denoiser learns to say", "v = alpha eps - sigma z",
+    write("v_loss", "core", "generators.Denoiser.loss", 20, "what the denoiser learns to say",
+          "v = alpha eps - sigma z",
           "Noise z to z_t, ask the network, compare with v.",
           plant=(("        v = self(alpha * z + sigma * eps, t, prompt, prefs)\n", ""),
                  ("return F.mse_loss(v, alpha * eps - sigma * z)", BLANK)),
@@ -282,10 +288,12 @@ WRITE = (
                 Also("test_reward.test_leave_one_out_reinforce_averages_to_the_exact_gradient", 1,
                      "over all outcomes of a small policy: the exact gradient of the expected reward")),
           wrong=(Wrong("test_reinforce_by_hand", "return -(", "return ("),
-                 Wrong("test_reinforce_gives_the_gradient_to_the_log_probability_only", "advantage.detach()", "advantage"),
+                 Wrong("test_reinforce_gives_the_gradient_to_the_log_probability_only", "advantage.detach()",
+                       "advantage"),
                  Wrong("test_reinforce_by_hand", ".mean()", ".sum()"),
                  Wrong("test_reinforce_by_hand", "_full(log_prob)", "_full(log_prob).exp()"))),
-    write("log_prob", "core", "reward.gaussian_log_prob", 20, "how likely was this step?", "log N(x; mean, std^2), summed",
+    write("log_prob", "core", "reward.gaussian_log_prob", 20, "how likely was this step?",
+          "log N(x; mean, std^2), summed",
           "Three terms per number; sum over all but the batch. bf16 is too coarse to sum in.",
           also=(Also("test_reward.test_gaussian_log_prob_and_kl_are_those_of_torch_distributions", 1,
                      "as torch.distributions has it, by value and gradient; of bf16 numbers in fp32"),),
@@ -296,14 +304,16 @@ WRITE = (
     write("pair_reward", "full", "reward.pair_reward", 25, "a reward that is consistent and personalized",
           "lambda_c cos(x, y) + lambda_p (s_image + s_text)",
           "consistency and normalize_group do the work; a text cannot change its partners' s_image.",
-          also=(Also("test_reward.test_pair_reward_is_the_loop", 1, "as by loops over groups and samples, and its parts"),),
+          also=(Also("test_reward.test_pair_reward_is_the_loop", 1,
+                     "as by loops over groups and samples, and its parts"),),
           wrong=(Wrong("test_pair_reward_is_the_loop", "cfg.lambda_p * normalize_group(s_image)",
                        "cfg.lambda_p * normalize_group(s_text)[:, :1].expand_as(s_image)"),
                  Wrong("test_pair_reward_of_consistency_alone", "cfg.lambda_c * normalize_group(c_image)",
                        "cfg.lambda_c * c_image"),
                  Wrong("test_pair_reward_of_consistency_alone", "cfg.lambda_c * normalize_group(c_text)",
                        "cfg.lambda_p * normalize_group(c_text)"),
-                 Wrong("test_pair_reward_is_the_loop", "cfg.lambda_p * normalize_group(s_text)", "cfg.lambda_p * s_text"))),
+                 Wrong("test_pair_reward_is_the_loop", "cfg.lambda_p * normalize_group(s_text)",
+                       "cfg.lambda_p * s_text"))),
     write("cluster_interval", "full", "reward._mean_and_error", 30, "how sure is a mean, when a user has many values?",
           "Var(mean) = C/(C-1) sum_c [sum_(i in c) (v_i - mean)]^2 / n^2",
           "Sum the deviations within each cluster first, square then: `index` says which cluster a value is of.",
@@ -386,7 +396,8 @@ BUGS = (
             "log_prob (...) nats, summed over a sample's tokens or steps; advantage of the same shape -> (), the mean\n"
             "over samples.  Raises ValueError rather than broadcast."),
     bug("bug_frozen_rows", "full", "reward.token_optimizer", 20, "what moves although nobody touches it",
-        "tokens of users who were in no round speak differently afterwards", "Compare the table's rows before and after.",
+        "tokens of users who were in no round speak differently afterwards",
+        "Compare the table's rows before and after.",
         plant=(("-> torch.optim.Adam:", "-> torch.optim.Optimizer:"),
                ("torch.optim.Adam(groups, betas=(0.9, 0.99))",
                 "torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1)")),
@@ -413,36 +424,61 @@ BUGS = (
 )
 
 PREDICT = (
-    predict("bpr_at_the_start", "core", "loss at the start", "Which loss (nats, two decimals) has a fresh ModalGNN with "
-            "two modalities, before any step, without l2?", "Users start at 0, so all scores are equal."),
-    predict("guidance_1", "core", "guidance", "Guidance w = 1 instead of 3, with taste: does the entropy of the sampled "
-            "tokens go up, down or stay the same?", "What does w > 1 do to what taste favours?"),
-    predict("one_code_level", "full", "codebooks", "One level of 8 codes instead of four: how many different token tuples "
-            "do 500 users have at most?", "Each user is one code."),
-    predict("one_level_explains", "full", "codebooks", "One level instead of four: does the explained share of the "
-            "preferences' variance go up, down or stay the same?", "What do the later levels code?"),
-    predict("no_kl", "core", "drift", "REINFORCE without the KL to the starting tokens: does the policy's entropy at the "
-            "end go up, down or stay the same?", "What holds a policy back from its favourite?"),
-    predict("group_of_two", "core", "advantages", "A group of two with the rewards 1 and 4: the advantage of the second?",
+    predict("bpr_at_the_start", "core", "loss at the start",
+            "Which loss (nats, two decimals) has a fresh ModalGNN with two modalities, before any step, "
+            "without l2?",
+            "Users start at 0, so all scores are equal."),
+    predict("guidance_1", "core", "guidance",
+            "Guidance w = 1 instead of 3, with taste: does the entropy of the sampled tokens go up, down or "
+            "stay the same?",
+            "What does w > 1 do to what taste favours?"),
+    predict("one_code_level", "full", "codebooks",
+            "One level of 8 codes instead of four: how many different token tuples do 500 users have at most?",
+            "Each user is one code."),
+    predict("one_level_explains", "full", "codebooks",
+            "One level instead of four: does the explained share of the preferences' variance go up, down or "
+            "stay the same?",
+            "What do the later levels code?"),
+    predict("no_kl", "core", "drift",
+            "REINFORCE without the KL to the starting tokens: does the policy's entropy at the end go up, "
+            "down or stay the same?",
+            "What holds a policy back from its favourite?"),
+    predict("group_of_two", "core", "advantages",
+            "A group of two with the rewards 1 and 4: the advantage of the second?",
             "The baseline is the other one."),
-    predict("group_offset", "full", "advantages", "Every reward of a group is raised by 10: do its advantages' squares go "
-            "up, down or stay the same?", "What does a baseline do?"),
-    predict("lambda_c_0", "full", "the reward's terms", "lambda_c = 0: does the mean cosine of the chosen best pairs go up, "
-            "down or stay the same?", "What is then left to choose by?"),
-    predict("quarter_history", "full", "folding in", "All items alike: with a quarter of the history, by which factor does "
-            "the length of the folded-in preference change?", "Each item weighs 1 / sqrt(|history|)."),
-    predict("half_history", "full", "folding in", "Items of random features: does a preference folded in from half the "
-            "history have a cosine with the whole one of 1 (same), less (down) or more (up)?", "Half the evidence."),
-    predict("many_layers", "full", "smoothing", "64 layers instead of 2: does the mean cosine between users' preferences go "
-            "up, down or stay the same?", "What does S^k x tend to for large k?"),
-    predict("eta_0", "full", "sampling", "eta = 0, twice from the same starting noise with other seeds for the steps: by "
-            "how much do the two samples differ at most?", "What does eta multiply?"),
-    predict("nucleus_size", "core", "sampling", "Tokens with probabilities 0.4, 0.3, 0.2, 0.1 and top_p = 0.75: how many "
-            "are in the nucleus?", "The one that crosses is in."),
-    predict("scorer_at_chance", "full", "contrast", "The InfoNCE (nats, two decimals) of 64 pairs for a scorer that gives "
-            "all the same embedding?", "A guess among 64."),
-    predict("copied_values", "full", "certainty", "Each user's value is written down four times. By which factor is the "
-            "interval too narrow if one forgets that, for 400 users?", "1 / sqrt of what?"),
+    predict("group_offset", "full", "advantages",
+            "Every reward of a group is raised by 10: do its advantages' squares go up, down or stay the "
+            "same?",
+            "What does a baseline do?"),
+    predict("lambda_c_0", "full", "the reward's terms",
+            "lambda_c = 0: does the mean cosine of the chosen best pairs go up, down or stay the same?",
+            "What is then left to choose by?"),
+    predict("quarter_history", "full", "folding in",
+            "All items alike: with a quarter of the history, by which factor does the length of the folded-in "
+            "preference change?",
+            "Each item weighs 1 / sqrt(|history|)."),
+    predict("half_history", "full", "folding in",
+            "Items of random features: does a preference folded in from half the history have a cosine with "
+            "the whole one of 1 (same), less (down) or more (up)?",
+            "Half the evidence."),
+    predict("many_layers", "full", "smoothing",
+            "64 layers instead of 2: does the mean cosine between users' preferences go up, down or stay the "
+            "same?",
+            "What does S^k x tend to for large k?"),
+    predict("eta_0", "full", "sampling",
+            "eta = 0, twice from the same starting noise with other seeds for the steps: by how much do the "
+            "two samples differ at most?",
+            "What does eta multiply?"),
+    predict("nucleus_size", "core", "sampling",
+            "Tokens with probabilities 0.4, 0.3, 0.2, 0.1 and top_p = 0.75: how many are in the nucleus?",
+            "The one that crosses is in."),
+    predict("scorer_at_chance", "full", "contrast",
+            "The InfoNCE (nats, two decimals) of 64 pairs for a scorer that gives all the same embedding?",
+            "A guess among 64."),
+    predict("copied_values", "full", "certainty",
+            "Each user's value is written down four times. By which factor is the interval too narrow if one "
+            "forgets that, for 400 users?",
+            "1 / sqrt of what?"),
 )
 
 RACES = (
@@ -450,7 +486,8 @@ RACES = (
              "y = S x without a (2E, D) tensor", "Which function of torch.nn.functional sums weighted rows in bags?",
              plant="return _index_add_product(graph, x)"),
     Exercise("faster_decoding", "challenge", "race", "generators.sample_text", 90, "cached decoding",
-             "each step computes one position, not all", "TextDecoder.start and TextDecoder.step keep what was computed.",
+             "each step computes one position, not all", "TextDecoder.start and TextDecoder.step keep what was "
+             "computed.",
              plant='''
 cfg, max_len = decoder.cfg, max_len or decoder.cfg.context
 uniform = torch.rand(max_len, len(prompt), 1, generator=generator, device=prompt.device)

@@ -38,12 +38,12 @@ def on_texts(exercise, texts):
 
 
 def prove_exercises(say):
-    """The reference has full points. What is handed out loses exactly its exercise's points: all of a gap and of a race,
-    of a bug its one test. Each declared mistake loses the test that is named, and nothing of another exercise."""
+    """The reference has full points. What is handed out loses exactly its exercise's points: all of a gap and of a
+    race, of a bug its one test. Each declared mistake loses the test that is named, and nothing of another exercise."""
     for exercise in CODE:
         right = read(split_name(exercise)[0])
         try:
-            texts = [right, handed_out(right, exercise), *(mistaken(right, exercise, wrong) for wrong in exercise.wrong)]
+            texts = [right, handed_out(right, exercise), *(mistaken(right, exercise, x) for x in exercise.wrong)]
         except LookupError as error:
             say(f"{exercise.name}: the code has changed, and the exercise does not fit it any more: {error}")
             continue
@@ -253,7 +253,7 @@ HONEST = {
                                         "def half(x):\n    return soft(x) / SCALE\n"
                                         "def twice(x):\n    return x * 2\n"),
     "another way": ("bpr", "return torch.logaddexp(torch.zeros_like(pos_score), neg_score - pos_score).mean()", ""),
-    "an import inside": ("leave_one_out", "import math\nif reward.shape[1] < 2:\n    raise ValueError('leave_one_out')\n"
+    "an import inside": ("leave_one_out", "import math\nif reward.shape[1] < 2:\n    raise ValueError('need 2')\n"
                          "r = reward.detach()\ns = r.shape[1]\nreturn r - (r.sum(1, keepdim=True) - r) / (s - 1)", ""),
     "another argmin": ("nearest_code", "return ((x[:, None] - codebook) ** 2).sum(-1).argmin(-1)", ""),
     "a loop": ("ema_weights", "weight = 1 - min(decay, (1 + step) / (10 + step))\n"
@@ -310,7 +310,8 @@ def prove(parts=tuple(PARTS), show=print):
     kinds = [x.kind for x in EXERCISES]
     found = {"exercises": len(kinds), **{kind: kinds.count(kind) for kind in ("write", "bug", "predict", "race")},
              "tests": sum(test.name != BETRAYS for tests in GRADED.values() for test in tests),
-             "wrong answers": sum(len(x.wrong) for x in EXERCISES), "attacks": len(ATTACKS) + len(FILES) + len(BROKEN) + 3 + len(NO_ANSWERS),
+             "wrong answers": sum(len(x.wrong) for x in EXERCISES),
+             "attacks": len(ATTACKS) + len(FILES) + len(BROKEN) + 3 + len(NO_ANSWERS),
              "points": sum(map(points_of, EXERCISES)), "seconds": seconds, "failures": failures}
     show(json.dumps({k: v for k, v in found.items() if k != "failures"}))
     return found

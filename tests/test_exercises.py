@@ -559,7 +559,7 @@ def test_log_prob_by_hand():
     close(reward.gaussian_log_prob(x, torch.zeros(2, 2), 1.0), [-math.log(2 * math.pi) - 2, -math.log(2 * math.pi)])
 
 
-@grades("pair_reward", 1, "an image whose cosine is 1 gets lambda_c more, one whose cosine is 0 as much less", shown=True)
+@grades("pair_reward", 1, "an image of cosine 1 gets lambda_c more, one of cosine 0 as much less", shown=True)
 def test_pair_reward_by_hand():
     import reward
     image, text, zero = torch.eye(2)[None], torch.eye(2)[None, :1], torch.zeros(1, 2)
