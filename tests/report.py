@@ -28,8 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tests/report.py`
 import train  # noqa: E402
-from dppmg import (MODALITIES, Dataset, flag_of, forgive_terminals, replacing, say,  # noqa: E402
-                   settings, to_picture)
+from dppmg import Dataset, flag_of, forgive_terminals, say, settings, to_picture  # noqa: E402
 from generators import denoise, sampling_times  # noqa: E402
 from reward import Content, embed  # noqa: E402
 from train import Run, contents, make_for, values_of  # noqa: E402
@@ -49,11 +48,15 @@ p{max-width:44em}
 table{border-collapse:collapse}
 th,td{padding:3px 8px 3px 0;text-align:left;vertical-align:top;font-weight:normal}
 thead th,tbody th{font-weight:600}
-thead th{overflow-wrap:anywhere}
+tbody th{min-width:3.5em}
+bdi{overflow-wrap:anywhere}
 .row{display:flex;flex-wrap:wrap;gap:6px 10px}
 figure{width:88px;margin:0 0 6px}
 img{width:80px;height:80px;image-rendering:pixelated;display:block;background:#ddd}
 figcaption{font-size:13px;line-height:1.3;overflow-wrap:anywhere}
+.users{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));
+ gap:0 24px}
+li{margin:.4em 0}
 .yes{color:#17692f;font-weight:600}
 .no{color:#a3231d;font-weight:600}
 .dull{color:#595959}
@@ -136,7 +139,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence], title: str) -> Html:
     lines = (element("tr", element("th", first, scope="row"), *(element("td", x) for x in others))
              for first, *others in rows)
     whole = element("table", element("thead", heads) if head else "", element("tbody", *lines))
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=title)
+    return element("section", whole, class_="scroll", tabindex="0", aria_label=title)
 
 
 def fold(title: object, *parts: object) -> Html:
@@ -216,7 +219,6 @@ def figures(run: Run, content: Content, what: Sequence[str], marked: bool = Fals
     referee says it better. marked: do picture and text agree? By referee and grammar, or, where
     tastes are not known, by the judge's cosine."""
     texts = run.model.tokenizer.decode_batch(content.tokens)
-    marks = [Html()] * len(texts)
     if run.world:
         see, told = train.read(run, *content)
         seen = [values_of(x) for x in see.numpy()]
@@ -306,8 +308,11 @@ def verdict(run: Run) -> Html:
     """What was learnt, healthy or not, each with its number and threshold."""
     found = checks(run)
     sign = {True: ("✓ healthy", "yes"), False: ("✗ look here", "no"), None: ("not measured", "dull")}
-    rows = [[c.claim, element("span", sign[c.good][0], class_=sign[c.good][1]), c.value, c.need]
-            for c in found]
+    lines = []
+    for c in found:
+        text, kind = sign[c.good]
+        lines.append(element("li", element("span", text, class_=kind), f": {c.claim}: ",
+                             element("strong", c.value), f"; needed: {c.need}"))
     ill = [c for c in found if c.good is False]
     good = sum(c.good is True for c in found)
     line = f"{good} of {len(found)} checks are healthy" + (", and " * bool(ill))
@@ -317,8 +322,7 @@ def verdict(run: Run) -> Html:
     said = (f" Picture and text agree in {after[name]['mean']:.2f} of the pairs after the reward "
             f"(and in {after[f'{name}_repaired']['mean']:.2f} when the text comes from another "
             "draw: where that is as high, they agree by habit).")
-    head = ["what should be learnt", "", "measured", "needed"]
-    return Html(element("p", element("strong", line + "."), said) + table(head, rows, "Verdict"))
+    return Html(element("p", element("strong", line + "."), said) + element("ul", *lines))
 
 
 # ---- pictures with texts ---------------------------------------------------------------------
@@ -332,19 +336,21 @@ def some_users(run: Run) -> Html:
     alts, n = [f"picture for the prompt {p}" for p in prompts] * len(users), len(items)
     made = {v: figures(run, make_for(run, v, who, what, run.generator("report")), alts, True)
             for v in MADE}
-    how = ("subject and setting are the same, as referee and grammar read them" if run.world else
-           "the judge's cosine of picture and text, from -1 to 1, is high")
-    body = element("p", f"Picture and text agree where {how}. Each row has the same prompts.")
+    how = ("where subject and setting are the same, as referee and grammar read them; “✗ dusk / "
+           "day” is a picture at dusk with a text about day" if run.world else
+           "the more, the higher the judge's cosine of the two, from -1 to 1")
+    body, parts = element("p", f"Picture and text agree {how}. Each row has the same prompts."), []
     for k, u in enumerate(users.tolist()):
         liked = run.liked[1, run.liked[0] == u][:8]
         ids = [f"item {run.data.item_ids[i]}" for i in liked.tolist()]
         tokens = [f"{m} tokens {x.tolist()}" for m, x in run.model.user_tokens(users[k]).items()]
         rows = [[VARIANTS[v], *found[k * n:(k + 1) * n]] for v, found in made.items()]
-        body += element("h3", "User ", name_of(run.data.user_ids[u]), " likes")
-        body += row(figures(run, contents(run, liked), ids))
-        body += table(["made for", *map(name_of, prompts)], rows, f"Pairs of user {k + 1}")
-        body += element("p", "; ".join(tokens), class_="dull")
-    return Html(body)
+        parts.append(element(
+            "div", element("h3", "User ", name_of(run.data.user_ids[u]), " likes"),
+            row(figures(run, contents(run, liked), ids)),
+            table(["made for", *map(name_of, prompts)], rows, f"Pairs of user {k + 1}"),
+            element("p", "; ".join(tokens), class_="dull")))
+    return Html(body + element("div", *parts, class_="users"))
 
 
 def swapped(run: Run) -> Html:
@@ -385,7 +391,8 @@ def traits(run: Run) -> tuple[list[str], Tensor]:
     words that occur often enough."""
     data = run.data
     if run.world:
-        own = [{f"{a} {v}" for a, v in values_of(x).items()} for x in run.world.items]
+        own = [{f"{a} {re.sub('{.*?}', '…', v)}" for a, v in values_of(x).items()}
+               for x in run.world.items]
     else:
         own = [set(re.findall(r"\w+", f"{text} {' '.join(prompt)}".casefold()))
                for text, prompt in zip(data.texts, data.prompts)]
@@ -419,14 +426,15 @@ def codes(run: Run) -> Html:
             value, place = lift[code].topk(min(4, len(names)))
             best = [f"{names[i]} (+{v:.1f})" for v, i in zip(value, place) if v > 1]
             rows.append([str(code), str(count[code].item()), ", ".join(best) or "nothing"])
-        for line, code in zip(rows[:8], (int(line[0]) for line in rows)):
-            item = typical[code].to(run.device)
-            ids = [f"item {run.data.item_ids[i]}" for i in item.tolist()]
-            shown = figures(run, contents(run, item), ids)
-            line.append(row(shown))
-        head = ["code", "users", "liked above average"]
+        for line in rows[:8]:  # a text code by its texts, an image code by its pictures
+            shown = contents(run, typical[int(line[0])].to(run.device))
+            texts = run.model.tokenizer.decode_batch(shown.tokens)
+            said = (element("div", "“", name_of(text, 100), "”") for text in texts)
+            line[2] = Html(words(line[2]) + (row(map(figure, shown.images, texts))
+                                             if m == "image" else element("div", *said)))
+        head = ["code", "users", "liked above average, and examples"]
         body += element("h3", f"{m} codes".capitalize())
-        body += table([*head, "for example"], rows[:8], f"Common {m} codes")
+        body += table(head, rows[:8], f"Common {m} codes")
         if more := [line for line in rows[8:] if line[1] != "0"]:
             body += fold(f"{len(more)} more {m} codes", table(head, more, f"Other {m} codes"))
     return Html(body)
@@ -518,6 +526,8 @@ def measures(run: Run) -> Html:
     made, change = run.metrics["generation"], run.metrics["differences"]
     shown, more = [], []
     names = [name for name in made["after_reward"] if not name.endswith("_text")]
+    names.sort(key=lambda name: [*MEANING, name, name.removesuffix("_image")].index(
+        name if name in MEANING else name.removesuffix("_image")))
     main = set(FIRST) if not run.world else {x for x in FIRST if "judge" not in x} - {"copied"}
     for name in names:
         base, parts = name.removesuffix("_image"), []
@@ -532,7 +542,7 @@ def measures(run: Run) -> Html:
         (shown if base in main else more).append(one)
     rows = [[name, *(found.get(name, "") for found in (*made.values(), change))]
             for name in made["after_reward"]]
-    head = ["", *(VARIANTS[v] for v in made), "after less before"]
+    head = ["measure", *(VARIANTS[v] for v in made), "after less before"]
     body = element("p", "On the test part, which no training saw. Thin black lines, and ±, are 95 % "
                    "intervals.") + element("div", *shown, class_="charts")
     body += fold("More measures", element("div", *more, class_="charts"))
@@ -617,11 +627,18 @@ def page(*runs: Run) -> str:
                            draw(run)) for run, size in zip(runs, sizes)]
         body += element("section", element("h2", title), element("div", *columns, class_=wide))
     title = words(" and ".join(titles))
-    head = ["<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">",
+    head = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             f"<title>{title}</title><style>{STYLE}</style></head><body><main>"]
     top = element("h1", title) + element("p", "; ".join(sizes))
     return "\n".join([*head, top, body, "</main></body></html>"])
+
+
+def write(path: Path, *runs: Run) -> Path:
+    """Write the page; what was there stays until the new one is whole."""
+    with train.replacing(path) as temporary:
+        temporary.write_text(page(*runs), encoding="utf-8", errors="replace")
+    return path
 
 
 # ---- runs that are finished ------------------------------------------------------------------
@@ -645,10 +662,7 @@ def load(out: Path) -> Run:
 def rebuild(*folders: str) -> Path:
     """Write the report of a run, or of several side by side, into the first one's folder."""
     runs = [load(Path(folder)) for folder in folders]
-    path = runs[0].out / ("report.html" if len(runs) == 1 else "compare.html")
-    with replacing(path) as temporary:
-        temporary.write_text(page(*runs), encoding="utf-8", errors="replace")
-    return path
+    return write(runs[0].out / ("report.html" if len(runs) == 1 else "compare.html"), *runs)
 
 
 if __name__ == "__main__":
