@@ -678,3 +678,7 @@ def sample_latents(denoiser: Denoiser, prompt: Tensor, prefs: Tensor,
     z = denoiser.noise(len(prompt), generator)
     times = sampling_times(steps or denoiser.cfg.sampling_steps)
     return denoise(denoiser, z, times, prompt, prefs, generator)
+
+
+if __name__ == "__main__":
+    from tests.demo import generators; generators()

@@ -79,8 +79,7 @@ def build_graph(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Graph
     row_ptr = F.pad(degree.cumsum(0), (1, 0))                       # (N+1,)
     nth = torch.arange(len(row)) - row_ptr[row]                     # col is row's nth neighbour
     skip_key = (row * n_items + col - n_users - nth).chunk(2)[0]    # (E,) of the users' rows
-    n_liked = degree[:n_users]
-    active = ((n_liked > 0) & (n_liked < n_items)).nonzero()[:, 0]
+    active = ((degree > 0) & (degree < n_items))[:n_users].nonzero()[:, 0]
     return Graph(row_ptr, row, col, weight, skip_key, active, n_users, n_items)
 
 
@@ -310,11 +309,10 @@ class ModalGNN(nn.Module):
         self.cfg, self.n_users, self.modalities = cfg, n_users, tuple(features)
         self.user, self.item = nn.ParameterDict(), nn.ParameterDict()   # e^m, W_m
         for m, f in features.items():
-            width = f.shape[-1]
-            weight = torch.randn(cfg.dim, width, generator=generator)
+            weight = torch.randn(cfg.dim, f.shape[-1], generator=generator)
             self.user[m] = nn.Parameter(torch.zeros(n_users, cfg.dim))
-            self.item[m] = nn.Parameter(0.1 * weight / width**0.5)      # so W f has std 0.1
-            self.register_buffer(f"features_{m}", torch.empty(n_items, width))
+            self.item[m] = nn.Parameter(0.1 * weight / f.shape[-1]**0.5)    # so W f has std 0.1
+            self.register_buffer(f"features_{m}", torch.empty(n_items, f.shape[-1]))
             self.set_features(m, f)
 
     def set_features(self, modality: str, features: Tensor):
@@ -428,3 +426,7 @@ def ranking_summary(rows: dict[str, tuple[Tensor, Tensor]], seen: Graph, test: G
     for m, pair in rows.items():
         found[f"recall@{k}_{m}"], _ = ranking_metrics(pair, seen, test, k)
     return {name: values.mean().item() for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    from tests.demo import gnn; gnn()

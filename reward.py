@@ -40,14 +40,14 @@ class RewardConfig:
     scorer_drop: float = 0.1  # probability that training hides a text token
     rounds: int = 160  # REINFORCE updates; 0: no reward
     groups: int = 64  # G, (user, prompt) groups in a round
-    images: int = 4  # S_i, images sampled in a group
-    texts: int = 8  # S_t, texts sampled in a group: cheaper than images
+    images: int = 4  # S_i, images of a group
+    texts: int = 8  # S_t, texts of a group: cheaper than images
     lr_image: float = 0.035  # peak learning rate of the image tokens (Adam)
     lr_text: float = 0.0018  # peak learning rate of the text tokens (Adam)
-    diffusion_steps: int = 4  # DDIM steps of a sampled image
+    diffusion_steps: int = 4  # DDIM steps of an image
     kl_image: float = 0.1  # weight of the images' KL from the starting tokens
     kl_text: float = 2.0  # weight of the texts' KL (DEVIATION 24)
-    log_every: int = 25  # rounds between two measurements of quality
+    log_every: int = 25  # rounds between measurements of quality
 
 
 def _full(x: Tensor) -> Tensor:
@@ -501,3 +501,7 @@ def frechet_interval(made: Tensor, real: Tensor, group: Tensor,
         without = frechet_distance(made[part != k], real[real_part != k])
         pseudo.append(n * whole - (n - 1) * without)
     return interval(torch.tensor(pseudo, dtype=torch.float64))
+
+
+if __name__ == "__main__":
+    from tests.demo import reward; reward()

@@ -947,11 +947,8 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """report.html, the page for people, as tests/report.py draws it."""
-    from tests.report import page  # which imports this file
-    path = run.out / "report.html"
-    with replacing(path) as temporary:
-        temporary.write_text(page(run), encoding="utf-8", errors="replace")
-    return str(path)
+    from tests.report import write  # which imports this file
+    return str(write(run.out / "report.html", run))
 
 
 STAGES: dict[str, Callable[[Run], str]] = {
@@ -1020,6 +1017,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser = OneLineParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="data folder, in dppmg.py's format; none: stickers")
     parser.add_argument("--out", help="folder of the run (the first free of runs/NAME, NAME-2 ...)")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="finished runs side by side")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--smoke", action="store_true", help="every stage, tiny: does it run?")
     parser.add_argument("--device", help="cpu, cuda or another of torch's (cuda if there is one)")
@@ -1169,6 +1167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
+        if args.compare:
+            from tests.report import rebuild
+            return say(str(rebuild(*args.compare))) or 0
         run = open_run(args, given)
         run.seconds.setdefault("data", (clocks() - start).tolist())
         for notice in run.data.notices:

@@ -258,9 +258,8 @@ class ResidualVQVAE(nn.Module):
         if self.training:
             self.update_codebooks(z_e, quantized.codes, generator)
         reconstruction = self.decoder(quantized.z_q)  # (B, width)
-        reconstruction_loss = mean_square(unit - reconstruction)
-        loss = reconstruction_loss + self.config.beta * quantized.commit
-        return VQOutput(reconstruction, quantized, reconstruction_loss, loss)
+        error, beta = mean_square(unit - reconstruction), self.config.beta
+        return VQOutput(reconstruction, quantized, error, error + beta * quantized.commit)
 
     @torch.no_grad()
     def encode(self, p: Tensor) -> Tensor:
@@ -317,5 +316,8 @@ def code_lift(codes: Tensor, traits: Tensor, n_codes: int) -> Tensor:
     codes (U,) int64 of one level, traits (U, W) of any unit -> (n_codes, W), 0 where n = 0."""
     above = (traits - traits.mean(0)) / traits.std(0).clamp(min=1e-9)  # (U, W)  in deviations
     member = F.one_hot(codes, n_codes).to(above.dtype).T  # (K, U)
-    count = member.sum(1, keepdim=True)  # (K, 1)
-    return member @ above / count.clamp(min=1).sqrt()
+    return member @ above / member.sum(1, keepdim=True).clamp(min=1).sqrt()
+
+
+if __name__ == "__main__":
+    from tests.demo import vq; vq()

@@ -1,164 +1,675 @@
-"""The report: one file with all that a person wants to look at after a run."""
+"""The report: one page with all that a person wants to look at after a run.
+
+    python tests/report.py RUN            draw RUN/report.html anew
+    python tests/report.py RUN RUN        two runs side by side: compare.html in the first's folder
+
+The builders turn values into HTML and escape every word; SECTIONS, at the end, is the page's order.
+The page needs no other file, no script and no library."""
+from __future__ import annotations
+
 import base64
 import html
 import io
+import json
 import math
 import re
+import shlex
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dppmg import to_picture
-from reward import Content
-from train import VARIANTS, Run, contents, liked_by, make_for, some_users, values_of
-from vq import code_lift
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tests/report.py`
+import train  # noqa: E402
+from dppmg import Dataset, flag_of, forgive_terminals, say, settings, to_picture  # noqa: E402
+from generators import denoise, sampling_times  # noqa: E402
+from reward import Content, embed  # noqa: E402
+from train import Run, contents, make_for, values_of  # noqa: E402
+from vq import code_lift  # noqa: E402
 
-STYLE = """body{font:15px/1.5 sans-serif;margin:1em}table{display:block;overflow-x:auto}
-td,th{padding:.1em .5em;text-align:left;vertical-align:top}figure{width:7em;margin:.3em}
-img{width:64px;image-rendering:pixelated}figcaption{font-size:12px;overflow-wrap:anywhere}"""
-INKS = ("#1f6fb4", "#d1622b", "#2f8f4e", "#8a4fb0", "#b02f55", "#777777")
+STYLE = """
+:root{color-scheme:light}
+body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0 auto;padding:0 16px;
+ max-width:1100px}
+h1,h2,h3{line-height:1.2;overflow-wrap:anywhere}
+h2{margin:2em 0 .4em;border-top:1px solid #bbb;padding-top:.6em}
+h3{margin:1.2em 0 .3em;font-size:1.05em}
+p{max-width:44em}
+.runs{display:grid;gap:0 24px}
+.runs>div{min-width:0}
+.scroll{overflow-x:auto;max-width:100%}
+table{border-collapse:collapse}
+th,td{padding:3px 8px 3px 0;text-align:left;vertical-align:top;font-weight:normal}
+thead th,tbody th{font-weight:600}
+tbody th{min-width:3.5em}
+bdi{overflow-wrap:anywhere}
+.row{display:flex;flex-wrap:wrap;gap:6px 10px}
+figure{width:88px;margin:0 0 6px}
+img{width:80px;height:80px;image-rendering:pixelated;display:block;background:#ddd}
+figcaption{font-size:13px;line-height:1.3;overflow-wrap:anywhere}
+.users{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));
+ gap:0 24px}
+li{margin:.4em 0}
+.yes{color:#17692f;font-weight:600}
+.no{color:#a3231d;font-weight:600}
+.dull{color:#595959}
+svg{width:100%;max-width:430px;height:auto;display:block}
+svg text{font:12px system-ui,sans-serif;fill:#222}
+summary{cursor:pointer;padding:2px 0}
+code{overflow-wrap:anywhere;background:#f2f2f2;padding:2px 4px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));
+ gap:0 24px}
+@media(min-width:900px){.two{grid-template-columns:1fr 1fr}}
+@media(min-width:900px){body:has(.two){max-width:1500px}}
+@media print{body{max-width:none;font-size:12px}figure,svg,tr,.chart{break-inside:avoid}
+ .scroll{overflow:visible}details::details-content{content-visibility:visible;display:block}}
+"""
+INKS = ("#1f5f9e", "#a3480f", "#1e6e38", "#75409b", "#a02048", "#595959")
+VARIANTS = {"real": "real items", "unpersonalized": "no tokens", "before_reward": "before reward",
+            "after_reward": "after reward", "best_of": "best of n"}
+MADE = ("before_reward", "after_reward", "best_of")
 
+
+# ---- builders: values -> HTML ----------------------------------------------------------------
 
 class Html(str):
     """Text that is escaped already."""
 
 
-def picture(x: Tensor, text: str) -> Html:
-    """<figure> of (3, H, W) in [-1, 1] with escaped words below."""
-    data, words = io.BytesIO(), html.escape(text)
-    to_picture(x).save(data, "PNG")
+def words(value: object) -> Html:
+    """Anything as HTML: Html stays as it is; intervals {"mean", "low", "high"} and floats get three
+    digits; all else is escaped, and cannot turn the direction of what follows."""
+    if isinstance(value, Html):
+        return value
+    if isinstance(value, dict):
+        return Html(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+    if isinstance(value, list):
+        return Html(" ".join(map(words, value)))
+    if isinstance(value, float):
+        return Html(f"{value:.3f}" if math.isfinite(value) else "not measured")
+    return Html(html.escape(str(value)))
+
+
+def element(tag: str, *parts: object, **attributes: str) -> Html:
+    """<tag>parts</tag>; an attribute "class" is written class_."""
+    given = "".join(f' {name.strip("_").replace("_", "-")}="{html.escape(value)}"'
+                    for name, value in attributes.items())
+    return Html(f"<{tag}{given}>{''.join(map(words, parts))}</{tag}>")
+
+
+def name_of(text: object, most: int = 60) -> Html:
+    """An id or a prompt in a line of ours: cut to its beginning, written in its own direction."""
+    text = str(text)
+    return element("bdi", text if len(text) <= most else text[:most] + "…")
+
+
+def passage(text: str, most: int = 160) -> Html:
+    """A text; of a long one the beginning, and all of it on request."""
+    if len(text) <= most:
+        return words(text)
+    return element("details", element("summary", text[:most] + "…"), text)
+
+
+def figure(x: Tensor, alt: str, text: str = "", mark: Html = Html()) -> Html:
+    """A picture (3, H, W) in [-1, 1], shown at 64 pixels at most, with a mark and its text."""
+    data, picture = io.BytesIO(), to_picture(x)
+    picture.thumbnail((64, 64))
+    picture.save(data, "PNG", optimize=True)
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return Html(f'<figure><img alt="" src="{source}"><figcaption>{words}</figcaption></figure>')
+    image = Html(f'<img alt="{html.escape(alt)}" src="{source}">')
+    told = element("figcaption", passage(text), dir="auto") if text else ""
+    return element("figure", image, mark, told)
 
 
-def pictures(run: Run, content: Content) -> list[Html]:
-    """A figure for each picture with its text."""
-    return list(map(picture, content.images, run.model.tokenizer.decode_batch(content.tokens)))
+def row(parts: Iterable[Html]) -> Html:
+    """Figures side by side, in as many lines as they need."""
+    return element("div", *parts, class_="row")
 
 
-def curves(title: str, series: dict[str, list[tuple[float, float]]]) -> str:
-    """Inline SVG of curves [(x, y)], with their range and last values; nothing below two points."""
+def table(head: Sequence[object], rows: Iterable[Sequence], title: str) -> Html:
+    """A table whose first column names the rows; it scrolls by itself where it is too wide."""
+    heads = element("tr", *(element("th", name, scope="col") for name in head))
+    lines = (element("tr", element("th", first, scope="row"), *(element("td", x) for x in others))
+             for first, *others in rows)
+    whole = element("table", element("thead", heads) if head else "", element("tbody", *lines))
+    return element("section", whole, class_="scroll", tabindex="0", aria_label=title)
+
+
+def fold(title: object, *parts: object) -> Html:
+    """What is shown on request."""
+    return element("details", element("summary", title), *parts)
+
+
+def bars(values: dict[str, dict], title: str) -> Html:
+    """Bars from 0, with 95 % intervals as whiskers and the digits; from -1 or to more than 1 only
+    where a value is there. Values that do not exist have no bar."""
+    there = {n: v for n, v in values.items() if math.isfinite(v["mean"])}
+    ends = [v[end] for v in there.values() for end in ("mean", "low", "high")
+            if math.isfinite(v[end])]
+    high = 1.0 if max(ends, default=0) > 0.3 else max(ends, default=1) * 1.1
+    low, parts, said = min(0.0, *ends, 0.0), "", []
+    place = lambda x: float(np.interp(x, (low, max(high, *ends, 1e-9)), (96, 286)))  # noqa: E731
+    for k, (name, v) in enumerate(there.items()):
+        y, zero, end = 18 * k, place(0), place(v["mean"])
+        left, right = (place(v[e] if math.isfinite(v[e]) else v["mean"]) for e in ("low", "high"))
+        parts += (f'<text x="0" y="{y + 13}">{words(name)}</text><rect x="{min(zero, end):.1f}" '
+                  f'y="{y + 3}" width="{abs(end - zero):.1f}" height="12" fill="{INKS[k % 6]}" '
+                  f'fill-opacity="0.45"/><path d="M{left:.1f} {y + 9}H{right:.1f}" '
+                  f'stroke="#111" stroke-width="2"/>'
+                  f'<text x="292" y="{y + 13}">{v["mean"]:.2f} ±{(v["high"] - v["low"]) / 2:.2f}'
+                  "</text>")
+        said.append(f"{name} {v['mean']:.2f}")
+    label = html.escape(f"{title}: {', '.join(said) or 'not measured'}")
+    box = f'viewBox="0 0 370 {18 * max(1, len(there))}"'
+    return Html(f'<svg role="img" aria-label="{label}" {box}>{parts}</svg>')
+
+
+def curves(title: str, series: dict[str, list[tuple[float, float]]], healthy: str = "") -> Html:
+    """Curves [(x, y)], with their range and last values and what healthy looks like; nothing below
+    two points. A series of one point is a dot."""
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if len(points) < 2:
-        return ""
+        return Html()
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    lines, names = "", ""
-    for ink, (name, line) in zip(cycle(INKS), series.items()):
+    lines, names = "", []
+    for k, (ink, (name, line)) in enumerate(zip(cycle(INKS), series.items())):
         x, y = np.array([p for p in line if math.isfinite(p[1])]).reshape(-1, 2).T
-        places = zip(np.interp(x, (x0, x1), (0, 300)), np.interp(y, (y0, y1), (99, 1)))
+        places = zip(np.interp(x, (x0, x1), (2, 348)), np.interp(y, (y0, y1), (96, 4)))
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        lines += f'<polyline points="{path}" fill="none" stroke="{ink}"/>'
-        names += f' <span style="color:{ink}">{html.escape(name)} {line[-1][1]:.3g}</span>'
-    words = f"{html.escape(title)}: {y0:.3g} to {y1:.3g} in {x1:,} steps; at last{names}"
-    return f'<p>{words}<br><svg width="300" height="100">{lines}</svg></p>'
+        dash = ' stroke-dasharray="6 3"' * (k % 2)
+        lines += f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2"{dash}/>'
+        if len(x) == 1:
+            a, b = path.split(",")
+            lines += f'<circle cx="{a}" cy="{b}" r="4" fill="{ink}"/>'
+        names.append(element("span", f"{name} {line[-1][1]:.3g}", style=f"color:{ink}"))
+    label = html.escape(f"{title}: from {y0:.3g} to {y1:.3g}")
+    svg = Html(f'<svg role="img" aria-label="{label}" viewBox="0 0 350 100">{lines}</svg>')
+    at_last = Html("; at last " + ", ".join(names) + ". ")
+    said = element("p", f"{y0:.3g} to {y1:.3g} in {x1:,} steps", at_last, healthy)
+    return element("div", element("h3", title), svg, said, class_="chart")
 
 
-def cell(value: object) -> str:
-    """A value as HTML: intervals {"mean", "low", "high"} in brackets, all escaped but figures."""
-    if isinstance(value, dict):
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    if isinstance(value, list):
-        return " ".join(map(cell, value))
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return value if isinstance(value, Html) else html.escape(str(value))
+# ---- what is shown of a run ------------------------------------------------------------------
+
+def shown_users(run: Run) -> Tensor:
+    """Eight users of the test part."""
+    return train.some_users(run, "report", 8)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """<table> of what `cell` shows."""
-    heads = "".join(f"<th>{cell(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell(v)}</td>' for v in row)}</tr>" for row in rows)
-    return f"<table><tr>{heads}</tr>{body}</table>"
+def shown_items(run: Run) -> Tensor:
+    """An item for each of the eight commonest prompts; one where all have the same, or none."""
+    common = run.topic.bincount().argsort(descending=True, stable=True)[:8, None]
+    return (run.topic == common).int().argmax(1)
 
 
-def report_numbers(run: Run) -> str:
-    """The tables of metrics.json."""
-    m, variants = run.metrics, run.metrics["generation"]
-    rows = [[name, *(found.get(name, "") for found in (*variants.values(), m["differences"]))]
-            for name in variants["after_reward"]]
-    body = """<h2>What was measured</h2><p>On the test part; 95 % intervals in brackets. Picture and
-        text are made apart, so they agree at most as often as consistency_bound, unless the best
-        pair of several is kept; where consistency_repaired is as high, they agree by habit.</p>"""
-    body += table(["", *variants, "after less before"], rows)
-    body += table(["stage 1", "test part"], m["stage1"].items())
-    health = m["codebook"]
-    body += table(["codes", *health["image"]], [[name, *h.values()] for name, h in health.items()])
-    if new := m["new_users"]:
-        rows = [[name, *found.values()] for name, found in new.items()]
-        body += table(["new users, history of", *new["in training"]], rows)
-    return body + table(["stage", "seconds, CPU seconds"], run.seconds.items())
+def prompt_of(run: Run, item: int) -> str:
+    """The prompt of an item as a person writes it."""
+    return ", ".join(run.data.prompts[item]) or "no prompt"
 
 
-def report_curves(run: Run) -> str:
-    """All that was logged over the steps; a picture's and a text's side in one chart."""
-    charts: dict[str, dict[str, list]] = {}
-    for stage, step, name, value in run.log:
-        title = f"{stage} {re.sub('_(image|text)$', '', name)}"
-        charts.setdefault(title, {}).setdefault(name, []).append((step, value))
-    return "<h2>Curves</h2>" + "".join(curves(*chart) for chart in charts.items())
-
-
-def report_codes(run: Run) -> str:
-    """What each code of the first level means: what its users like most above average."""
-    data = run.data
+def figures(run: Run, content: Content, what: Sequence[str], marked: bool = False) -> list[Html]:
+    """Pictures with their texts. what: what each is, for those who do not see it; on stickers the
+    referee says it better. marked: do picture and text agree? By referee and grammar, or, where
+    tastes are not known, by the judge's cosine."""
+    texts = run.model.tokenizer.decode_batch(content.tokens)
     if run.world:
-        words = [{f"{a} {v}" for a, v in values_of(row).items()} for row in run.world.items]
+        see, told = train.read(run, *content)
+        seen = [values_of(x) for x in see.numpy()]
+        what = ["{pattern} {colour} {subject} at {setting}".format(**x) for x in seen]
+        both = zip(seen, told.tolist(), train.agree(see, told).tolist())
+        marks = [sticker_mark(*x) for x in both]
     else:
-        words = [set(re.findall(r"\w+", f"{text} {' '.join(prompt)}".casefold()))
-                 for text, prompt in zip(data.texts, data.prompts)]
-    common = Counter(word for has in words for word in has)
-    names = sorted(word for word, n in common.items() if n >= max(2, len(words) // 200))
-    traits = torch.tensor([[word in has for word in names] for has in words]).float()  # (I, W)
-    users, rows = run.users[:2000], []
-    liked = liked_by(run, users, run.liked).cpu().float()  # (U, I)
-    shares = liked @ traits / liked.sum(1, keepdim=True)  # (U, W)
-    for m, tokens in run.model.user_tokens(users).items():
-        lift = code_lift(tokens[:, 0].cpu(), shares, run.cfg.vq.codes)  # (K, W)
-        for code, (value, place) in enumerate(zip(*lift.topk(min(4, len(names)), dim=1))):
-            best = [f"{names[i]} (+{v:.1f})" for v, i in zip(value, place) if v > 1]
-            rows.append([m, code, ", ".join(best)])
-    head = ["modality", "code", "liked above average (standard errors)"]
-    return f"<h2>What each code of the first level means</h2>{table(head, rows)}"
+        found = embed(run.modules["judge"], content)
+        cosine = (found["image"] * found["text"]).sum(1)
+        marks = [element("span", f"cosine {x:.2f}", class_="dull") for x in cosine.tolist()]
+    marks = [element("div", x) if marked else Html() for x in marks]
+    return list(map(figure, content.images, what, texts, marks))
 
 
-def report_grid(run: Run, users: Tensor, items: Tensor) -> str:
+def sticker_mark(see: dict[str, str], told: list[int], same: bool) -> Html:
+    """Whether picture and text of a sticker agree; if not, in what they differ."""
+    if same:
+        return element("span", "✓ agree", class_="yes")
+    if told[0] < 0:
+        return element("span", "✗ not a sentence", class_="no")
+    said = train.SUBJECTS[told[0]], train.SETTINGS[told[1]]
+    k = int(see["subject"] == said[0])
+    return element("span", f"✗ {(see['subject'], see['setting'])[k]} / {said[k]}", class_="no")
+
+
+# ---- verdict ---------------------------------------------------------------------------------
+
+class Check(NamedTuple):
+    """Something that a healthy run has learnt."""
+    claim: str
+    value: object  # as it is shown
+    need: str
+    good: bool | None  # None: not measured
+
+
+def at_least(claim: str, value: float | dict | None, least: float, why: str = "") -> Check:
+    """A check of a number or of an interval, of which the mean counts."""
+    number = value["mean"] if isinstance(value, dict) else math.nan if value is None else value
+    good = number >= least if math.isfinite(number + least) else None
+    return Check(claim, number if value is None else value, f"at least {least:.3g}{why}", good)
+
+
+def above(claim: str, value: dict | None, line: float, why: str) -> Check:
+    """A check that a whole interval lies above a line."""
+    good = value["low"] > line if value and math.isfinite(value["low"]) else None
+    need = f"interval above {line:.3g}{why}"
+    return Check(claim, math.nan if value is None else value, need, good)
+
+
+def checks(run: Run) -> list[Check]:
+    """What this run should have learnt, in the order in which it did."""
+    m, made = run.metrics, run.metrics["generation"]
+    stage1, kind = m["stage1"], "" if run.world else "judge_"
+    after, was, real = (made[v] for v in ("after_reward", "before_reward", "real"))
+    chance = min(1.0, 20 / len(run.data.item_ids))
+    usage = min(x for health in m["codebook"].values() for x in health["usage"])
+    found = [
+        at_least("What a person likes next is found among 20 recommended (recall@20)",
+                 stage1["recall@20"], 2 * chance, f", twice chance ({chance:.3f})"),
+        at_least("The tokens alone recommend nearly as well",
+                 stage1["recall@20_quantized"] / max(stage1["recall@20"], 1e-9), 0.9,
+                 " of the recall without them"),
+        at_least("The codes are in use", usage, 0.9, " of each codebook")]
+    for m_, thing in (("image", "Pictures"), ("text", "Texts")):
+        name = f"{kind}prompt_{m_}"
+        least = 0.95 if run.world else (0.5 + real.get(name, {}).get("mean", math.nan)) / 2
+        why = "" if run.world else ", half the way from chance to real items"
+        found.append(at_least(f"{thing} show the prompt", after.get(name), least, why))
+        found.append(above(f"{thing} please their user more than another's would",
+                           after.get(f"{kind}swap_{m_}"), 0.5, ", which is chance"))
+    found.append(above("The reward makes picture and text agree more often",
+                       m["differences"].get(f"{kind}consistency"), 0, ", after less before"))
+    for m_, thing in (("image", "Pictures"), ("text", "Texts")):
+        now, then = (x.get(f"judge_variety_{m_}", {}).get("mean", math.nan) for x in (after, was))
+        found.append(at_least(f"{thing} still vary after the reward", now / max(then, 1e-9), 0.5,
+                              " of what they did before it"))
+    if run.world:
+        found.append(at_least("Texts are sentences of the grammar", after["grammatical"], 0.95))
+        found.append(at_least("The referee reads pictures right",
+                              min(m["referee"].values()), 0.95, " of fresh stickers"))
+    else:
+        found.append(at_least("Texts are new, not copied", 1 - after["copied"]["mean"], 0.5))
+    return found
+
+
+def verdict(run: Run) -> Html:
+    """What was learnt, healthy or not, each with its number and threshold."""
+    found = checks(run)
+    sign = {True: ("✓ healthy", "yes"), False: ("✗ look here", "no"), None: ("not measured", "dull")}
+    lines = []
+    for c in found:
+        text, kind = sign[c.good]
+        lines.append(element("li", element("span", text, class_=kind), f": {c.claim}: ",
+                             element("strong", c.value), f"; needed: {c.need}"))
+    ill = [c for c in found if c.good is False]
+    good = sum(c.good is True for c in found)
+    line = f"{good} of {len(found)} checks are healthy" + (", and " * bool(ill))
+    line += f"{len(ill)} ask for a look: README, “When something looks wrong”" * bool(ill)
+    after = run.metrics["generation"]["after_reward"]
+    name = "consistency" if run.world else "judge_consistency"
+    said = (f" Picture and text agree in {after[name]['mean']:.2f} of the pairs after the reward "
+            f"(and in {after[f'{name}_repaired']['mean']:.2f} when the text comes from another "
+            "draw: where that is as high, they agree by habit).")
+    return Html(element("p", element("strong", line + "."), said) + element("ul", *lines))
+
+
+# ---- pictures with texts ---------------------------------------------------------------------
+
+def some_users(run: Run) -> Html:
+    """Eight users: what they like, and pairs made for the same prompts before the reward, after it,
+    and the best of several."""
+    users, items = shown_users(run), shown_items(run)[:3]
+    who, what = users.repeat_interleave(len(items)), items.repeat(len(users))
+    prompts = [prompt_of(run, i) for i in items.tolist()]
+    alts, n = [f"picture for the prompt {p}" for p in prompts] * len(users), len(items)
+    made = {v: figures(run, make_for(run, v, who, what, run.generator("report")), alts, True)
+            for v in MADE}
+    how = ("where subject and setting are the same, as referee and grammar read them; “✗ dusk / "
+           "day” is a picture at dusk with a text about day" if run.world else
+           "the more, the higher the judge's cosine of the two, from -1 to 1")
+    body, parts = element("p", f"Picture and text agree {how}. Each row has the same prompts."), []
+    for k, u in enumerate(users.tolist()):
+        liked = run.liked[1, run.liked[0] == u][:8]
+        ids = [f"item {run.data.item_ids[i]}" for i in liked.tolist()]
+        tokens = [f"{m} tokens {x.tolist()}" for m, x in run.model.user_tokens(users[k]).items()]
+        rows = [[VARIANTS[v], *found[k * n:(k + 1) * n]] for v, found in made.items()]
+        parts.append(element(
+            "div", element("h3", "User ", name_of(run.data.user_ids[u]), " likes"),
+            row(figures(run, contents(run, liked), ids)),
+            table(["made for", *map(name_of, prompts)], rows, f"Pairs of user {k + 1}"),
+            element("p", "; ".join(tokens), class_="dull")))
+    return Html(body + element("div", *parts, class_="users"))
+
+
+def swapped(run: Run) -> Html:
+    """One prompt and one noise: what changes is whose tokens they are."""
+    users, items = shown_users(run)[:4], shown_items(run)[:1]
+    prompt, rows, made = prompt_of(run, int(items)), [], []
+    for owner in (users, users.roll(1)):
+        content = make_for(run, "after_reward", owner, items.expand(len(users)),
+                           run.generator("swapped"))
+        made.append(figures(run, content, [f"picture for the prompt {prompt}"] * len(users)))
+    for k, u in enumerate(users.tolist()):
+        liked = run.liked[1, run.liked[0] == u][:3]
+        ids = [f"item {run.data.item_ids[i]}" for i in liked.tolist()]
+        likes = row(figures(run, contents(run, liked), ids))
+        rows.append([name_of(run.data.user_ids[u], 20), likes, *(side[k] for side in made)])
+    body = element("p", "All pairs have the prompt ", name_of(prompt), ". In a row both start from "
+                   "the same noise; only the tokens differ. The own ones should suit better.")
+    head = ["user", "likes", "own tokens", "another user's tokens"]
+    return Html(body + table(head, rows, "Swapped tokens"))
+
+
+def grid(run: Run) -> Html:
     """Users x prompts: one sees the taste along a row and the prompt down a column."""
+    users, items = shown_users(run), shown_items(run)
     who, n = users.repeat_interleave(len(items)), len(items)
     made = make_for(run, "after_reward", who, items.repeat(len(users)), run.generator("grid"))
-    own = pictures(run, made)
-    rows = [[run.data.user_ids[u], *own[k * n:(k + 1) * n]] for k, u in enumerate(users.tolist())]
-    head = ["", *(", ".join(run.data.prompts[i])[:40] for i in items.tolist())]
-    return f"<h2>One row a user, one column a prompt, after the reward</h2>{table(head, rows)}"
+    prompts = [prompt_of(run, i) for i in items.tolist()]
+    own = figures(run, made, [f"picture for the prompt {p}" for p in prompts] * len(users))
+    rows = [[name_of(run.data.user_ids[u], 20), *own[k * n:(k + 1) * n]]
+            for k, u in enumerate(users.tolist())]
+    body = element("p", "A row is a user, a column a prompt. Along a row the taste should stay, "
+                   "down a column what the prompt asks for.")
+    return Html(body + table(["user", *(name_of(p, 40) for p in prompts)], rows, "Grid"))
 
 
-def report_user(run: Run, user: Tensor, items: Tensor) -> str:
-    """What a user likes, the tokens, and what was made before and after the reward."""
-    liked = run.liked[1, run.liked[0] == user][:8]
-    rows = [["likes", *pictures(run, contents(run, liked))]]
-    for variant in VARIANTS[2:]:
-        chance = run.generator(f"report {user}")
-        made = make_for(run, variant, user.expand(len(items)), items, chance)
-        rows.append([variant, *pictures(run, made)])
-    tokens = [f"{m} {k.tolist()}" for m, k in run.model.user_tokens(user).items()]
-    title = f"{run.data.user_ids[user]}: {', '.join(tokens)}"
-    return f"<h3>{html.escape(title)}</h3>{table([], rows)}"
+def traits(run: Run) -> tuple[list[str], Tensor]:
+    """Names of what items can have, and which item has what (I, W): attributes of stickers, or
+    words that occur often enough."""
+    data = run.data
+    if run.world:
+        own = [{f"{a} {re.sub('{.*?}', '…', v)}" for a, v in values_of(x).items()}
+               for x in run.world.items]
+    else:
+        own = [set(re.findall(r"\w+", f"{text} {' '.join(prompt)}".casefold()))
+               for text, prompt in zip(data.texts, data.prompts)]
+    common = Counter(word for has in own for word in has)
+    names = sorted(word for word, n in common.items() if n >= max(2, len(own) // 200))
+    return names, torch.tensor([[word in has for word in names] for has in own]).float()
 
 
-def page(run: Run) -> str:
-    """The whole report as HTML: self-contained; every word from the data is escaped."""
-    data, common = run.data, run.topic.bincount().argsort(descending=True, stable=True)[:8, None]
-    items = (run.topic == common).int().argmax(1)  # an item for each of the commonest prompts
-    items = items if len(items) > 1 else items.expand(8)
-    users, title = some_users(run, "report", 8), f"DPPMG on {html.escape(data.name)}"
-    size = f"seed {run.cfg.method.seed}, {len(data.user_ids):,} users, {len(data.item_ids):,} items"
-    some = [report_user(run, user, items[:3]) for user in users]
-    body = [report_grid(run, users, items), report_numbers(run), report_curves(run),
-            report_codes(run), "<h2>Some users</h2>", *some]
-    head = ["<!doctype html><html lang=en><meta charset=utf-8>",
-            "<meta name=viewport content='width=device-width,initial-scale=1'>",
-            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{size}</p>"]
-    return "\n".join([*head, *body])
+def typical_items(codes: Tensor, liked: Tensor, n_codes: int) -> Tensor:
+    """Three items that the users of each code like more often than chance: codes (U,), liked (U, I)
+    -> (n_codes, 3), by (seen - expected) / sqrt(expected + 1) likes."""
+    member = F.one_hot(codes, n_codes).float()  # (U, K)
+    expected = member.sum(0)[:, None] * liked.mean(0)  # (K, I)
+    score = (member.T @ liked - expected) / (expected + 1).sqrt()
+    return score.topk(min(3, liked.shape[1]), dim=1).indices
+
+
+def codes(run: Run) -> Html:
+    """What each code of the first level means: what its users like most above average."""
+    (names, has), users, n_codes = traits(run), run.users[:2000], run.cfg.vq.codes
+    liked = train.liked_by(run, users, run.liked).cpu().float()  # (U, I)
+    shares = liked @ has / liked.sum(1, keepdim=True)  # (U, W)
+    body = element("p", "The first token of a user says most. Below, the commonest codes with "
+                   "what their users like above average (in standard errors), and items that "
+                   "they like more often than others do.")
+    for m, tokens in run.model.user_tokens(users).items():
+        first = tokens[:, 0].cpu()
+        lift, count = code_lift(first, shares, n_codes), first.bincount(minlength=n_codes)
+        typical, rows = typical_items(first, liked, n_codes), []
+        for code in count.argsort(descending=True, stable=True).tolist():
+            value, place = lift[code].topk(min(4, len(names)))
+            best = [f"{names[i]} (+{v:.1f})" for v, i in zip(value, place) if v > 1]
+            rows.append([str(code), str(count[code].item()), ", ".join(best) or "nothing"])
+        for line in rows[:8]:  # a text code by its texts, an image code by its pictures
+            shown = contents(run, typical[int(line[0])].to(run.device))
+            texts = run.model.tokenizer.decode_batch(shown.tokens)
+            said = (element("div", "“", name_of(text, 100), "”") for text in texts)
+            line[2] = Html(words(line[2]) + (row(map(figure, shown.images, texts))
+                                             if m == "image" else element("div", *said)))
+        head = ["code", "users", "liked above average, and examples"]
+        body += element("h3", f"{m} codes".capitalize())
+        body += table(head, rows[:8], f"Common {m} codes")
+        if more := [line for line in rows[8:] if line[1] != "0"]:
+            body += fold(f"{len(more)} more {m} codes", table(head, more, f"Other {m} codes"))
+    return Html(body)
+
+
+@torch.no_grad()
+def strips(run: Run) -> Html:
+    """How a picture comes out of noise, for three users and one prompt."""
+    users, item, model = shown_users(run)[:3], shown_items(run)[:1], run.model
+    chance, net, prompt = run.generator("strips"), model.image, run.prompt[item.expand(len(users))]
+    prefs, times = model.user_tokens(users)["image"], sampling_times(run.cfg.image.sampling_steps)
+    with model.half():
+        z = [net.noise(len(users), chance)]
+        for k in range(len(times) - 1):
+            z.append(denoise(net, z[-1], times[k:k + 2], prompt, prefs, chance))
+    seen = [model.decode_latents(x) for x in z]
+    rows = [[name_of(run.data.user_ids[u], 20),
+             *(figure(x[k], f"at time {t:.2f}") for x, t in zip(seen, times))]
+            for k, u in enumerate(users.tolist())]
+    body = element("p", "The prompt is ", name_of(prompt_of(run, int(item))), ". Each step takes "
+                   "some noise away: the layout comes first, details last.")
+    return Html(body + table(["user", *(f"t = {t:.2f}" for t in times)], rows, "Denoising"))
+
+
+# ---- figures ---------------------------------------------------------------------------------
+
+HEALTHY = {
+    "autoencoder loss": "Healthy: falls fast, then flattens.",
+    "gnn loss": "Healthy: from 2.08 (3 ln 2, nothing is known) well down, and smooth.",
+    "codebook loss": "Healthy: falls or stays low; a jump upwards means that codes die.",
+    "codebook reconstruction": "Healthy: far below 1, which is nothing learnt.",
+    "codebook bpr": "Healthy: below 0.69 (ln 2), where tokens do not rank.",
+    "text loss": "Healthy: falls; the dot, new users' likes, is not far above the curve's end.",
+    "image loss": "Healthy: from 1 downwards, noisy; the dot is not far above the curve's end.",
+    "scorer loss": "Healthy: falls from ln(batch size); flat means that pairs look alike to it.",
+    "judge loss": "Healthy: as the scorer's, from which it learns apart.",
+    "referee loss": "Healthy: falls to nearly 0.",
+    "reward loss": "A surrogate: its gradient counts, its value says nothing.",
+    "reward consistency": "Healthy: rises. Flat: the scorer cannot tell pairs apart.",
+    "reward s": "Healthy: rises or stays: the taste is not given up for agreement.",
+    "reward kl": "Healthy: rises slowly and levels off; without end, the texts drift away.",
+    "reward valid_copied": "Healthy: stays."}
+
+
+def charts(run: Run) -> Html:
+    """All that was logged over the steps; a picture's and a text's side in one chart."""
+    found: dict[str, dict[str, list]] = {}
+    for stage, step, name, value in run.log:
+        title = f"{stage} {re.sub('_(image|text|validation)$', '', name)}"
+        found.setdefault(title, {}).setdefault(name, []).append((step, value))
+    fixed = "On validation pairs, with the measure's meaning as below. Healthy: "
+    drawn = []
+    for title, series in found.items():
+        name = title.partition("valid_")[2]
+        calm = "rises or stays." if name in ("consistency", "judge_consistency") else "stays."
+        drawn.append(curves(title, series, HEALTHY.get(title, fixed + calm if name else "")))
+    single = [f"{stage} {name} {value:.3g}" for stage, _, name, value in run.log
+              if name == "held_out_auc"]
+    last = ("How often a picture finds its text before another, on texts never learnt (chance "
+            f"0.5, healthy from 0.7): {', '.join(single)}.") if single else ""
+    return Html(element("div", *drawn, class_="charts") + element("p", last))
+
+
+MEANING = {
+    "prompt": "Share that shows what the prompt asks for.",
+    "consistency": "Share of the pairs whose picture and text agree in subject and setting.",
+    "consistency_repaired": "The same with a text from another draw: as high means by habit.",
+    "consistency_bound": "What pictures and texts made apart can agree at most, as they vary.",
+    "utility": "How much the user likes what is shown, by the true taste; 1 is the favourite.",
+    "taste": "How near many samples are to the user's true taste; 1 is equal.",
+    "variety": "Chance that two samples for the same user and prompt differ.",
+    "swap": "Share in which the own tokens please more than another user's; chance is 0.5.",
+    "grammatical": "Share of texts that are sentences of the stickers' grammar.",
+    "judge_consistency": "How often the judge finds a picture nearer to its own text than to "
+                         "another's; chance is 0.5.",
+    "judge_consistency_repaired": "The same with a text from another draw.",
+    "judge_swap": "How often the judge finds what the own tokens make nearer to what the user likes "
+                  "than what another's make; chance is 0.5.",
+    "judge_prompt": "How often the judge finds it nearer to its prompt than to others; chance 0.5.",
+    "judge_variety": "Mean distance (1 - cosine) of two samples for the same user and prompt.",
+    "frechet_image": "Distance of the made pictures, as a crowd, from those liked; 0 is best.",
+    "copied": "Share of texts that are word for word in the training part."}
+FIRST = ("prompt", "consistency", "consistency_repaired", "utility", "taste", "variety", "swap",
+         "judge_consistency", "judge_swap", "judge_prompt", "judge_variety", "copied")
+
+
+def measures(run: Run) -> Html:
+    """Every measure: its meaning and a bar for each variant; all digits folded."""
+    made, change = run.metrics["generation"], run.metrics["differences"]
+    shown, more = [], []
+    names = [name for name in made["after_reward"] if not name.endswith("_text")]
+    names.sort(key=lambda name: [*MEANING, name, name.removesuffix("_image")].index(
+        name if name in MEANING else name.removesuffix("_image")))
+    main = set(FIRST) if not run.world else {x for x in FIRST if "judge" not in x} - {"copied"}
+    for name in names:
+        base, parts = name.removesuffix("_image"), []
+        base = base if base in MEANING else name
+        for full in dict.fromkeys((name, name.replace("_image", "_text"))):
+            if full in made["after_reward"]:
+                values = {VARIANTS[v]: found[full] for v, found in made.items() if full in found}
+                parts.append(element("h3", full) + bars(values, full))
+                if full in change:
+                    parts[-1] += element("p", "after less before: ", change[full], class_="dull")
+        one = element("div", element("p", MEANING.get(base, "")), *map(Html, parts), class_="chart")
+        (shown if base in main else more).append(one)
+    rows = [[name, *(found.get(name, "") for found in (*made.values(), change))]
+            for name in made["after_reward"]]
+    head = ["measure", *(VARIANTS[v] for v in made), "after less before"]
+    body = element("p", "On the test part, which no training saw. Thin black lines, and ±, are 95 % "
+                   "intervals.") + element("div", *shown, class_="charts")
+    body += fold("More measures", element("div", *more, class_="charts"))
+    return Html(body + fold("All digits", table(head, rows, "All measures")) + ranking(run))
+
+
+def ranking(run: Run) -> Html:
+    """Stage 1, the codebooks and new users in digits."""
+    m = run.metrics
+    body = table(["stage 1", "test part"], m["stage1"].items(), "Stage 1")
+    health = m["codebook"]
+    rows = [[name, *h.values()] for name, h in health.items()]
+    body += table(["codes", *health["image"]], rows, "Codebooks")
+    if new := m["new_users"]:
+        rows = [[name, *found.values()] for name, found in new.items()]
+        body += table(["new users, history of", *new["in training"]], rows, "New users")
+    return fold("Recommendation, codebooks, new users",
+                element("p", "recall@20: share of a user's test items among 20 recommended; _image "
+                        "and _text by one modality alone; _quantized from the tokens alone. usage: "
+                        "share of a level's codes that somebody has; perplexity: how many are used "
+                        "as if evenly; collision_rate: share of users who share all tokens."), body)
+
+
+def kept(run: Run, file: str) -> dict:
+    """A JSON file of the run's folder; {} while it does not exist."""
+    path = run.out / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def costs(run: Run) -> Html:
+    """Seconds and memory."""
+    rows = [[stage, *both] for stage, both in run.seconds.items()]
+    rows.append(["total", *np.sum([both for _, *both in rows], axis=0).tolist()])
+    memory = kept(run, "metrics.json").get("peak_memory_mb") or train.peak_memory_mb()
+    return Html(element("p", f"At most {memory or 'unknown'} MB of memory.")
+                + table(["stage", "seconds", "CPU seconds"], rows, "Seconds"))
+
+
+def command(run: Run, folder: str | None) -> str:
+    """What to type to run it again: settings that are not the defaults."""
+    parts = ["python", "train.py", *(["--data", folder] if folder else [])]
+    for group, name, field, _ in settings(train.PARTS):
+        part = run.train if group == "train" else getattr(run.cfg, group)
+        value, flag = getattr(part, name), flag_of(group, name)
+        if value is True and field.default is False or value is False and field.default is True:
+            parts.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value != field.default:
+            parts += [flag, str(value)]
+    return shlex.join(parts)
+
+
+def again(run: Run) -> Html:
+    """Settings, versions, and the command to run it again."""
+    config, rows = kept(run, "config.json"), []
+    for group, name, field, text in settings(train.PARTS):
+        value = getattr(run.train if group == "train" else getattr(run.cfg, group), name)
+        rows.append([flag_of(group, name), str(value), str(field.default), text])
+    machine = config.get("machine") or train.machine(run.device)
+    versions = ", ".join(f"{name} {value}" for name, value in machine.items())
+    digest = run.data.fingerprint()[:16]
+    return Html(element("p", element("code", command(run, config.get("data"))))
+                + element("p", f"{versions}; data {digest}…")
+                + fold("All settings", table(["flag", "value", "default", "what it is"], rows,
+                                             "Settings")))
+
+
+SECTIONS = {
+    "Verdict": verdict, "Eight users": some_users, "The same prompt for swapped users": swapped,
+    "Users and prompts": grid, "What each code means": codes, "From noise to picture": strips,
+    "Curves": charts, "Measures": measures, "Seconds and memory": costs,
+    "Settings, and how to run it again": again}
+
+
+def page(*runs: Run) -> str:
+    """The whole report of a run, or of several side by side."""
+    titles = [f"DPPMG on {run.data.name}, seed {run.cfg.method.seed}" for run in runs]
+    sizes = [f"{len(run.data.user_ids):,} users, {len(run.data.item_ids):,} items, "
+             f"{len(run.data.user):,} likes; run {run.out.name}" for run in runs]
+    wide, body = f"runs{' two' * (len(runs) > 1)}", Html()
+    for title, draw in SECTIONS.items():
+        columns = [element("div", element("p", size, class_="dull") if len(runs) > 1 else "",
+                           draw(run)) for run, size in zip(runs, sizes)]
+        body += element("section", element("h2", title), element("div", *columns, class_=wide))
+    title = words(" and ".join(titles))
+    head = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width,initial-scale=1">',
+            f"<title>{title}</title><style>{STYLE}</style></head><body><main>"]
+    top = element("h1", title) + element("p", "; ".join(sizes))
+    return "\n".join([*head, top, body, "</main></body></html>"])
+
+
+def write(path: Path, *runs: Run) -> Path:
+    """Write the page; what was there stays until the new one is whole."""
+    with train.replacing(path) as temporary:
+        temporary.write_text(page(*runs), encoding="utf-8", errors="replace")
+    return path
+
+
+# ---- runs that are finished ------------------------------------------------------------------
+
+def load(out: Path) -> Run:
+    """The evaluated run in a folder, in which nothing is changed. ValueError for anything else."""
+    there = train.read_config(out)
+    if not there:
+        raise ValueError(f"{out}: not a run")
+    cfg, own = train.build(there["settings"])
+    folder, seed = there["data"] or out / "stickers", cfg.method.seed
+    world = None if there["data"] else train.sticker_world(own, seed)
+    data = Dataset.load(folder, cfg.image.size, seed, own.min_rating or None, own.drop_incomplete)
+    run = Run(cfg, own, data, world, out, torch.device("cpu"))
+    run.restore()
+    if "evaluation" not in run.done:
+        raise ValueError(f"{out}: not evaluated yet; go on: train.py --resume --out {out}")
+    return run
+
+
+def rebuild(*folders: str) -> Path:
+    """Write the report of a run, or of several side by side, into the first one's folder."""
+    runs = [load(Path(folder)) for folder in folders]
+    return write(runs[0].out / ("report.html" if len(runs) == 1 else "compare.html"), *runs)
+
+
+if __name__ == "__main__":
+    forgive_terminals()
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    try:
+        say(str(rebuild(*sys.argv[1:])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"report.py: error: {error}")

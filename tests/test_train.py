@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import hashlib
-import html.parser
 import json
 import math
 import os
@@ -22,10 +21,10 @@ import torch
 from conftest import PATIENCE, ROOT, spawn
 from kill_resume import differences
 from PIL import Image
+from test_report import Page, check_harmless
 from torch import nn
 from torch.testing import assert_close
 
-import report
 import train
 from dppmg import MODALITIES, CheckpointError, Dataset, read_checkpoint
 from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainConfig, read_text
@@ -416,81 +415,6 @@ def test_the_log_can_be_read(smoke):
     reward = {row["name"] for row in rows if row["stage"] == "reward"}
     assert {"consistency", "s_image", "s_text", "kl_image", "kl_text", "valid_consistency",
             "valid_utility_image", "valid_judge_consistency"} <= reward
-
-
-class Page(html.parser.HTMLParser):
-    """Tags, attributes and words of a page; fails where a tag is closed that is not open."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "img", "br", "path", "polyline", "html", "body"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in ("html", "body"):
-            assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def handle_comment(self, data):
-        pytest.fail(f"a comment: {data}")
-
-
-def check_harmless(page):
-    """No code, no reference to anything outside of the page."""
-    assert not page.open
-    harmless = ("html meta title style body h1 h2 h3 p br small span section details summary table thead tr "
-                "th td img figure figcaption svg text path polyline")
-    assert set(page.tags) <= set(harmless.split())
-    for name, value in page.attributes:
-        assert not name.startswith("on")
-        assert name not in ("href", "srcdoc", "action", "data", "formaction"), name
-        assert name != "src" or re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
-        assert name != "style" or "url" not in value
-
-
-def test_the_builders_of_the_report_escape_what_they_are_given():
-    evil, safe = '<b>"&', "&lt;b&gt;&quot;&amp;"
-    interval = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    found = (report.table([evil], [[evil, 0.5, interval]]), report.curves(evil, {evil: [(0, 1), (1, 2)]}),
-             report.picture(torch.zeros(3, 8, 8), evil))
-    assert [(evil in page, page.count(safe)) for page in found] == [(False, 2), (False, 2), (False, 1)]
-    assert "<td>0.500</td><td>0.500 [0.250, 0.750]</td>" in found[0]
-    assert "<figure" in report.table([], [[found[2]]])  # what is escaped already stays
-    assert report.curves("one point", {"a": [(0, 1)]}) == ""
-
-
-def test_a_curve_goes_through_its_points():
-    drawn = report.curves("x", {"a": [(0, 1.0), (5, 3.0), (10, 2.0)], "b": [(10, math.nan), (10, 1.5)]})
-    line, dot = re.findall(r'<polyline points="([^"]*)"', drawn)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.split())
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x0 < x1
-    assert y1 < y2 < y0 and (y0 - y1) == pytest.approx(2 * (y0 - y2), abs=0.2)  # pixels count from above
-    assert float(dot.split(",")[0]) == x2 and y2 < float(dot.split(",")[1]) < y0
-    assert "nan" not in drawn.replace("at last", "")
-
-
-def test_the_report_is_one_harmless_file(smoke):
-    page = Page(smoke / "report.html")
-    check_harmless(page)
-    source = (smoke / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?:|file:|<script|@import|url\(", source)
-    assert page.tags.count("svg") > 8 and page.tags.count("img") > 64 + 8 * 9
-    words = " ".join(page.words)
-    for name in JUDGED | EXACT | {"recall@20", "usage", "before", "u00", "setting ", "whole history"}:
-        assert name in words, name
 
 
 # ---- interrupted, hostile, killed
