@@ -121,7 +121,7 @@ class Tokenizer:
         for left, right in merges:
             self.pieces.append(self.pieces[left] + self.pieces[right])
         self.vocab_size = len(self.pieces)  # V
-        self._memo: dict[str, list[int]] = {}  # pretoken -> ids
+        self._memo = {}  # pretoken -> ids
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -395,8 +395,7 @@ def sample_text(decoder: TextDecoder, prompt: Tensor, prefs: Tensor,
             ended.copy_((tokens == EOS).any(1).all(), non_blocking=True)
         if ended:
             break
-        last = tokens[:, -1:]
-        logits, past = decoder.step(last.repeat(2, 1) if guided else last, t, past, present)
+        logits, past = decoder.step(tokens[:, -1:].repeat(1 + guided, 1), t, past, present)
         cond, null = logits.chunk(2) if guided else (logits, None)
         cdf = sampling_logits(cond, null, cfg).exp().cumsum(-1)  # (B, V)
         choice = torch.searchsorted(cdf, uniform[t] * cdf[:, -1:], right=True)  # (B, 1)

@@ -16,7 +16,6 @@ import functools
 import gc
 import inspect
 import json
-import re
 import sys
 import tempfile
 import time
@@ -346,18 +345,14 @@ def rates(check: Checks) -> dict[torch.dtype, float]:
     return {dtype: 2 * n**3 / check.seconds(lambda a=a: a @ a) for dtype, a in products.items()}
 
 
-def published(column: str) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """What the CPU reached: {measure: (lowest, highest)} and {stage: seconds}, from the first table of RESULTS.md, and from the
-    list of stages above it."""
-    text = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
-    seconds = {name: float(s) for name, s in re.findall(r"(\w+) ([\d.]+)", re.search(r"\((autoencoder \d[^)]*)\)", text)[1])}
-    head, _, *lines = text[text.index("| |"):].split("\n\n")[0].splitlines()
-    place, found = head.split(" | ").index(column), {}
-    for line in lines:
-        cells = line.strip("| ").split(" | ")
-        numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", cells[place])]
-        found[cells[0]] = min(numbers), max(numbers)
-    return found, seconds
+def published() -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """What the CPU reached, by results.json: {measure after the reward: (lowest, highest)} and {stage: seconds}."""
+    runs = json.loads((ROOT / "tests" / "results.json").read_text(encoding="utf-8"))["stickers"]
+    found = {}
+    for name in runs[0]["generation"]["after_reward"]:
+        values = [run["generation"]["after_reward"][name]["mean"] for run in runs]
+        found[name] = min(values), max(values)
+    return found, {stage: min(run["cpu_seconds"][stage] for run in runs) for stage in runs[0]["cpu_seconds"]}
 
 
 def work(check: Checks, run: train.Run, peaks: dict, cpu: dict[str, float]):
@@ -375,7 +370,7 @@ def work(check: Checks, run: train.Run, peaks: dict, cpu: dict[str, float]):
 
 def whole(check: Checks):
     """The default run, stage by stage; MovieLens-1M's size; twenty steps of each stage with large generators."""
-    bars, cpu = published("after reward")
+    bars, cpu = published()
     for name, arguments in (("stickers", ["--seed", "0"]), ("MovieLens-1M's size", MOVIELENS)):
         if time.monotonic() - check.start > LIMIT / 2 and name != "stickers":
             check.add(name, None, left_out="too little time is left")
