@@ -204,7 +204,7 @@ def steps_of(run: train.Run):
         found.update(signature.bind(*args, **kwargs).arguments)
         raise Captured
     for stage, function in train.STAGES.items():
-        if stage == "evaluation":
+        if stage in ("evaluation", "report"):
             continue
         found.clear()
         run.stage, run.step, run.optimizer_state = stage, 0, None
@@ -387,7 +387,7 @@ def whole(check: Checks):
         check.add(f"{name}, all", seconds <= TARGET[f"{name}, all"] if check.cuda else None, s=seconds)
         check.add(f"{name}, memory", max(peaks.values()) <= TARGET["memory, GB"] if peaks else None, gb=max(peaks.values(), default=None))
         if name == "stickers":
-            training = sum(run.seconds[stage][0] for stage in train.STAGES if stage != "evaluation")
+            training = sum(run.seconds[stage][0] for stage in train.STAGES if stage not in ("evaluation", "report"))
             check.add("stickers, training", training <= TARGET["stickers, training"] if check.cuda else None, s=training)
             found = metrics["generation"]["after_reward"]
             both = [(n, found[n], bar) for n, bar in bars.items() if n in found]
