@@ -1181,8 +1181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted{go_on}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        cure = "lower --image-batch, --text-batch, --reward-groups or --reward-scorer-batch"
-        print(f"train.py: error: stage {run.stage}: {cure}: {error}", file=sys.stderr)
+        cure = "--image-batch, --text-batch, --gnn-dim, --reward-groups or --reward-scorer-batch"
+        print(f"train.py: error: out of memory: lower {cure}: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
