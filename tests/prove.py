@@ -232,6 +232,7 @@ def prove_attacks(say):
             if any(x.score for x in grade_function(bpr, folder, BRIEF)) or lost(grade_function(elsewhere, folder)):
                 say(f"{name}: gnn.py")
         prove_answers(say, folder)
+    prove_race(say)
     prove_honest(say)
 
 
@@ -247,6 +248,10 @@ def prove_answers(say, folder):
             say(f"answers.json {text[:60]!r}: {results}")
 
 
+REMEMBERS = '''
+memo.setdefault("codes", (x[:, None] - codebook).square().sum(2).argmin(1))
+return memo["codes"]
+'''
 HONEST = {
     "a helper, a constant, an import": ("bpr", "return twice(half(neg_score - pos_score)).mean()",
                                         "from torch.nn.functional import softplus as soft\nSCALE: float = 2.0\n"
@@ -259,6 +264,15 @@ HONEST = {
     "a loop": ("ema_weights", "weight = 1 - min(decay, (1 + step) / (10 + step))\n"
                "for a, b in zip(average.parameters(), model.parameters()):\n    a.lerp_(b, weight)", ""),
 }
+
+
+def prove_race(say):
+    """A race is not won by remembering the last result."""
+    text = coursework.with_body(read("vq"), "nearest_code", REMEMBERS).replace(
+        "def nearest_code(x: Tensor, codebook: Tensor)", "def nearest_code(x: Tensor, codebook: Tensor, memo={})")
+    for result in grade_race(NAMED["faster_quantizer"], "handed_in", text=text):
+        if result.score or ANOTHER not in result.reason:
+            say(f"an answer that remembers: {result}")
 
 
 def prove_honest(say):
@@ -311,7 +325,7 @@ def prove(parts=tuple(PARTS), show=print):
     found = {"exercises": len(kinds), **{kind: kinds.count(kind) for kind in ("write", "bug", "predict", "race")},
              "tests": sum(test.name != BETRAYS for tests in GRADED.values() for test in tests),
              "wrong answers": sum(len(x.wrong) for x in EXERCISES),
-             "attacks": len(ATTACKS) + len(FILES) + len(BROKEN) + 3 + len(NO_ANSWERS),
+             "attacks": len(ATTACKS) + len(FILES) + len(BROKEN) + 4 + len(NO_ANSWERS),
              "points": sum(map(points_of, EXERCISES)), "seconds": seconds, "failures": failures}
     show(json.dumps({k: v for k, v in found.items() if k != "failures"}))
     return found
