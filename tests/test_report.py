@@ -16,6 +16,7 @@ from PIL import Image
 
 import report
 import train
+from tests import builders
 
 EVIL, SAFE = '<b>"&', "&lt;b&gt;&quot;&amp;"
 HALF = {"mean": 0.5, "low": 0.25, "high": 0.75}
@@ -76,7 +77,7 @@ def test_the_builders_escape_what_they_are_given():
         2: (report.table([EVIL], [[EVIL, 0.5, HALF]], "x"), report.fold(EVIL, EVIL),
             report.element("p", EVIL, class_=EVIL), report.figure(torch.zeros(3, 8, 8), EVIL, EVIL),
             report.bars({EVIL: HALF}, "x")),
-        1: (report.name_of(EVIL), report.words(EVIL), report.passage(EVIL), report.words([EVIL]))}
+        1: (report.name_of(EVIL), report.words(EVIL), builders.passage(EVIL), report.words([EVIL]))}
     for n, pages in found.items():
         for page in pages:
             assert EVIL not in page and page.count(SAFE) == n, page
@@ -99,9 +100,9 @@ def test_a_table_has_a_head_and_names_its_rows():
 
 def test_long_texts_are_folded_and_long_names_cut():
     long = "a" * 100 + "<" + "b" * 200
-    folded = report.passage(long)
+    folded = builders.passage(long)
     assert folded.startswith("<details><summary>a") and html.unescape(folded).count(long) == 1
-    assert report.passage("short") == "short"
+    assert builders.passage("short") == "short"
     assert report.name_of(long, 9) == f"<bdi>{'a' * 9}…</bdi>" and report.name_of("ab", 2) == "<bdi>ab</bdi>"
     assert 'dir="auto"' in report.figure(torch.zeros(3, 8, 8), "x", "שלום")
 
