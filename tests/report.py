@@ -355,8 +355,8 @@ MEANING = {
     "judge_consistency": "How often the judge finds a picture nearer to its own text than to "
                          "another's; chance is 0.5.",
     "judge_consistency_repaired": "The same with a text from another draw.",
-    "judge_swap": "How often the judge finds what the own tokens make nearer to what the user likes "
-                  "than what another's make; chance is 0.5.",
+    "judge_swap": "How often the judge finds what the own tokens make nearer to what the user "
+                  "likes than what another's make; chance is 0.5.",
     "judge_prompt": "How often the judge finds it nearer to its prompt than to others; chance 0.5.",
     "judge_variety": "Mean distance (1 - cosine) of two samples for the same user and prompt.",
     "frechet_image": "Distance of the made pictures, as a crowd, from those liked; 0 is best.",
@@ -387,7 +387,7 @@ def measures(run: Run) -> Html:
     rows = [[name, *(found.get(name, "") for found in (*made.values(), change))]
             for name in made["after_reward"]]
     head = ["measure", *(VARIANTS[v] for v in made), "after less before"]
-    body = element("p", "On the test part, which no training saw. Thin black lines, and ±, are 95 % "
+    body = element("p", "On the test part, which no training saw. Black lines, and ±, are 95 % "
                    "intervals.") + element("div", *shown, class_="charts")
     body += fold("More measures", element("div", *more, class_="charts"))
     return Html(body + fold("All digits", table(head, rows, "All measures")) + ranking(run))
