@@ -45,7 +45,7 @@ from dppmg import (MODALITIES, TEST, TRAIN, VALID, Dataset, pick_device,  # noqa
 from generators import Denoiser, TextDecoder  # noqa: E402
 from gnn import Graph, ModalGNN  # noqa: E402
 from reward import embed  # noqa: E402
-from tests.report import INKS, STYLE, Html, table  # noqa: E402
+from tests.builders import INKS, STYLE, Html, table  # noqa: E402
 
 # shorter than by default, and the same for all rows; reward.log_every: at the start and the end
 RECIPE = {"image": dict(steps=800), "reward": dict(rounds=80, log_every=10**6),
@@ -703,7 +703,7 @@ def four_notions(lines: list[dict]) -> str:
             says = "nearer, and not preferred more" if parts else ""
             rows.append([x["row"], x["people"], x["against"], *map(shown, change.values()), says])
     head = ["row", "people", "less", "nearness", "prompt", "changes", "utility", ""]
-    return table(head, rows)
+    return table(head, rows, "four notions of personal")
 
 
 def page(study: dict) -> str:
@@ -725,8 +725,8 @@ def page(study: dict) -> str:
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{words}</p>",
         "<p>± half a 95 % interval over seeds and users. More: holds where surely above 0, not "
         f"where surely below {MARGIN}. Kept: holds where surely not {MARGIN} less.</p>",
-        table(head, rows), "<h2>Claims</h2>",
-        table(["claim", "people", "measure", "row", "less", "difference", ""], claims),
+        table(head, rows, "measures of each row"), "<h2>Claims</h2>",
+        table(["claim", "people", "measure", "row", "less", "difference", ""], claims, "claims"),
         "<h2>Four notions of personal: differences</h2>", four_notions(lines),
         "<h2>Intervals</h2>", plots(lines)])
 
