@@ -258,8 +258,9 @@ class ResidualVQVAE(nn.Module):
         if self.training:
             self.update_codebooks(z_e, quantized.codes, generator)
         reconstruction = self.decoder(quantized.z_q)  # (B, width)
-        error, beta = mean_square(unit - reconstruction), self.config.beta
-        return VQOutput(reconstruction, quantized, error, error + beta * quantized.commit)
+        reconstruction_loss = mean_square(unit - reconstruction)
+        loss = reconstruction_loss + self.config.beta * quantized.commit
+        return VQOutput(reconstruction, quantized, reconstruction_loss, loss)
 
     @torch.no_grad()
     def encode(self, p: Tensor) -> Tensor:
@@ -285,9 +286,8 @@ def codebook_health(codes: Tensor, n_codes: int) -> dict[str, list[float] | floa
     if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= n_codes:
         raise ValueError(f"codebook_health: codes are {tuple(codes.shape)}, n_codes={n_codes}; "
                          "need (U, L) in [0, n_codes): pass encode's codes and VQConfig.codes")
-    codes = codes.cpu()  # not every device has float64
-    count = torch.stack([torch.bincount(level, minlength=n_codes) for level in codes.T])  # (L, K)
-    _, tuple_of, size = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
+    count = torch.stack([torch.bincount(level, minlength=n_codes) for level in codes.T]).cpu()
+    _, tuple_of, size = torch.unique(codes.cpu(), dim=0, return_inverse=True, return_counts=True)
     return {"usage": (count > 0).double().mean(1).tolist(),
             "perplexity": torch.special.entr(count.double() / len(codes)).sum(1).exp().tolist(),
             "collision_rate": float((size[tuple_of] > 1).double().mean())}
