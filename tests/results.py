@@ -1,6 +1,7 @@
 """The committed results, and the tables of README.md and RESULTS.md that are made of them.
 
     python tests/results.py stickers RUN...    take these finished runs for a data set's results
+    python tests/results.py claims STUDY       take the folder that study.py wrote its claims into
     python tests/results.py                    write the tables anew
 
 tests/results.json holds metrics.json and the machine of each run. In the documents a table stands
@@ -15,8 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FILE = HERE / "results.json"
 DOCUMENTS = (HERE.parent / "README.md", HERE / "RESULTS.md")
-SHORT = ("prompt consistency consistency_repaired utility taste variety swap judge_consistency "
+SHORT = ("consistency consistency_repaired utility taste variety swap judge_consistency "
          "judge_consistency_repaired judge_swap judge_variety").split()
+STUDIED = "consistency consistency_repaired utility taste variety swap nearness prompt".split()
 
 
 def rounded(value):
@@ -29,7 +31,14 @@ def rounded(value):
 
 
 def read_run(folder: Path) -> dict:
-    """What a finished run measured, and on which machine."""
+    """What a finished run or study measured, and on which machine."""
+    if (folder / "study.json").exists():
+        study = json.loads((folder / "study.json").read_text())
+        keep = "row people training_seconds pair_seconds measures".split()
+        study["rows"] = [{name: row[name] for name in keep} for row in study["rows"]]
+        for row in study["rows"]:
+            row["measures"] = {name: row["measures"].get(name) for name in STUDIED}
+        return rounded({name: study[name] for name in ("machine", "seeds", "rows", "claims")})
     machine = json.loads((folder / "config.json").read_text())["machine"]
     return {"machine": machine} | rounded(json.loads((folder / "metrics.json").read_text()))
 
@@ -135,13 +144,9 @@ def words(runs: list[dict]) -> str:
         the setting allows: with the text of another draw they agree in
         {mean('after_reward', 'consistency_repaired'):.2f}. So the gain is bought with variety:
         taste falls to {kept('after_reward', 'image'):.0%} (pictures) and
-        {kept('after_reward', 'text'):.0%} (texts) of what it was; utility, which is best for
-        whoever always shows the favourite, goes from {mean('before_reward', 'utility_image'):.2f}
-        and {mean('before_reward', 'utility_text'):.2f} to
-        {mean('after_reward', 'utility_image'):.2f} and
-        {mean('after_reward', 'utility_text'):.2f}. **The rival that needs no training**, the best
-        pair of 4 pictures and 8 texts by the same reward (`best of`, from the tokens before the
-        reward), agrees in {mean('best_of', 'consistency'):.2f} and keeps
+        {kept('after_reward', 'text'):.0%} (texts) of what it was. **The rival that needs no
+        training**, the best pair of 4 pictures and 8 texts by the same reward (`best of`), agrees
+        in {mean('best_of', 'consistency'):.2f} and keeps
         {kept('best_of', 'image'):.0%} and {kept('best_of', 'text'):.0%} of the tastes, at four
         times the pictures and eight times the texts."""
     people = f"""**New people**, who were in no training, folded in from their whole history, reach
@@ -154,7 +159,43 @@ def words(runs: list[dict]) -> str:
                        for part in (gain, people))
 
 
-TABLES = {f.__name__: f for f in (short, full, differences, new_users, stage1, seconds, words)}
+def near(found: dict | None) -> str:
+    """An interval by its mean and half its width."""
+    return found and f"{found['mean']:.3f} ± {(found['high'] - found['low']) / 2:.3f}" or ""
+
+
+def rivals(studies: list[dict]) -> str:
+    """The rows of a study, people in training above those folded in."""
+    rows = [[row["row"], row["people"], *(near(row["measures"][name]) for name in STUDIED),
+             f"{row['training_seconds'] or 0:.0f}", f"{row['pair_seconds'] or 0:.3f}"]
+            for people in ("training", "new") for row in studies[0]["rows"] if row["people"] == people]
+    return markdown(["row", "people", *STUDIED, "training s", "s a pair"], rows)
+
+
+def verdicts(studies: list[dict]) -> str:
+    """The claims of the paper, one difference a line."""
+    rows = [[x["claim"], x["people"], x["measure"], near(x), x["verdict"]] for x in studies[0]["claims"]]
+    return markdown(["claim", "people", "measure", "difference", ""], rows)
+
+
+BRIEF = {"a": "graph beats average of history", "b": "modal-specific beats shared",
+         "c": "discrete keeps what continuous has", "d": "the reward raises", "e": "while it keeps",
+         "f": "and beats best of n"}
+
+
+def brief(studies: list[dict]) -> str:
+    """The claims on their first measures, people in training beside new ones."""
+    told = {}
+    for x in studies[0]["claims"]:
+        if x["claim"][1] != "f" or (x["measure"] == "consistency" and "equal" not in x["claim"]):
+            found = told.setdefault(f"({x['claim'][1]}) {BRIEF[x['claim'][1]]}: {x['measure']}", {})
+            found[x["people"]] = f"{x['mean']:+.3f} {x['verdict']}"
+    rows = [[claim, found["training"], found["new"]] for claim, found in told.items()]
+    return markdown(["claim", "in training", "new people"], rows)
+
+
+TABLES = {f.__name__: f for f in (short, full, differences, new_users, stage1, seconds, words, rivals,
+                                  verdicts, brief)}
 
 
 def written(text: str, results: dict) -> str:
