@@ -141,7 +141,8 @@ def words(runs: list[dict]) -> str:
         {mean('after_reward', 'consistency'):.2f} of the pairs instead of
         {mean('before_reward', 'consistency'):.2f}. They are drawn independently, given prompt and
         tokens, so they can agree at most as often as sqrt((1 - variety_image)(1 - variety_text)) of
-        the setting allows: with the text of another draw they agree in
+        the setting allows (bound: {mean('after_reward', 'consistency_bound'):.2f}); with the text
+        of another draw they agree in
         {mean('after_reward', 'consistency_repaired'):.2f}. So the gain is bought with variety:
         taste falls to {kept('after_reward', 'image'):.0%} (pictures) and
         {kept('after_reward', 'text'):.0%} (texts) of what it was. **The rival that needs no
@@ -152,8 +153,8 @@ def words(runs: list[dict]) -> str:
     people = f"""**New people**, who were in no training, folded in from their whole history, reach
         recall@20 {new('whole history', 'recall@20'):.3f} (those in training
         {new('in training', 'recall@20'):.3f}); after the reward their pictures and texts agree in
-        {new('whole history', 'consistency'):.2f} ({new('in training', 'consistency'):.2f}): what
-        the reward taught carries over to new people only in part. Ranking from the tokens alone,
+        {new('whole history', 'consistency'):.2f} ({new('in training', 'consistency'):.2f} here):
+        whether the reward helps new people, nobody can tell (claim d). Ranking from the tokens alone,
         24 bits a user and modality, keeps {bits / len(runs):.0%} of recall@20."""
     return "\n\n".join(textwrap.fill(" ".join(part.split()), 118, break_on_hyphens=False)
                        for part in (gain, people))
@@ -180,7 +181,7 @@ def verdicts(studies: list[dict]) -> str:
 
 BRIEF = {"a": "graph beats average of history", "b": "modal-specific beats shared",
          "c": "discrete keeps what continuous has", "d": "the reward raises", "e": "while it keeps",
-         "f": "and beats best of n"}
+         "f": "beats best of n (dearer)"}
 
 
 def brief(studies: list[dict]) -> str:
@@ -191,7 +192,7 @@ def brief(studies: list[dict]) -> str:
             found = told.setdefault(f"({x['claim'][1]}) {BRIEF[x['claim'][1]]}: {x['measure']}", {})
             found[x["people"]] = f"{x['mean']:+.3f} {x['verdict']}"
     rows = [[claim, found["training"], found["new"]] for claim, found in told.items()]
-    return markdown(["claim", "in training", "new people"], rows)
+    return markdown(["claim", "in training", "new (10 likes)"], rows)
 
 
 TABLES = {f.__name__: f for f in (short, full, differences, new_users, stage1, seconds, words, rivals,
