@@ -903,6 +903,9 @@ def students_readme(exercises, tier, kind):
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+SCAFFOLD = ("report", "builders", "demo")
+
+
 def handout_texts(tier="all", kind="all"):
     """{file name: text} of what students get."""
     exercises = chosen(tier, kind)
@@ -913,6 +916,8 @@ def handout_texts(tier="all", kind="all"):
             texts[file] = handed_out(texts[file], exercise)
     blanks = {x.name: None for x in exercises if x.kind == "predict"}
     blanks |= {x.name: {"betrayed_by": None, "why": ""} for x in exercises if x.kind == "bug"}
+    for name in SCAFFOLD:  # what the six files import of tests/: the report, the demonstrations
+        texts[f"tests/{name}.py"] = (HERE / f"{name}.py").read_text(encoding="utf-8")
     texts["cases.py"] = shown_cases(exercises)
     if any(test.shown for x in exercises for test in GRADED[x.name]):
         texts["test_exercises.py"] = shown_tests(exercises)
@@ -931,6 +936,7 @@ def handout(folder, tier="all", kind="all"):
         raise ValueError(f"{folder} is there already and not empty: name a new folder")
     texts = handout_texts(tier, kind)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tests").mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return texts
