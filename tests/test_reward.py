@@ -19,7 +19,7 @@ from reward import (Content, RewardConfig, Scorer, best_pair, categorical_kl, co
                     halves_by_text, info_nce, interval, judge_pairs, leave_one_out, mean_by_user,
                     normalize_group, pair_reward, random_window, rank_share, reinforce_loss,
                     same_rows, share_interval, share_of_pairs, swap_share, taste_without,
-                    token_optimizer)
+                    token_optimizer, _masked_mean)
 
 CFG = RewardConfig(scorer_width=8, scorer_dim=16)
 PLAIN = replace(CFG, scorer_shift=0, scorer_mirror=0.0, scorer_zoom=0.0, scorer_dropout=0.0,
@@ -885,3 +885,18 @@ def test_either_term_of_the_reward_may_stand_alone():
     assert_close(agree[0], normalize_group(consistency(image, text)[0]))
     please = pair_reward(image, text, s, s, RewardConfig(lambda_c=0.0, lambda_p=1.0))
     assert_close(please[1], normalize_group(s))
+
+
+def test_the_masked_mean_is_that_of_the_places_that_count():
+    x = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], dtype=torch.bool)
+    found = _masked_mean(x, keep)
+    assert_close(found[0], (x[0, 0] + x[0, 1] + x[0, 3]) / 3)
+    assert_close(found[1:], torch.stack([torch.zeros(2), x[2, 1]]))
+
+
+def test_two_clusters_are_enough_for_an_interval():
+    found = interval(torch.tensor([0.2, 0.4, 0.9]), torch.tensor([7, 7, 3]))
+    half = scipy.stats.t.ppf(0.975, 1) * math.sqrt(2 * (2 * 0.4**2)) / 3      # residuals of the clusters: -0.4 and 0.4
+    assert found["mean"] == pytest.approx(0.5)
+    assert [found["low"], found["high"]] == pytest.approx([0.5 - half, 0.5 + half])
