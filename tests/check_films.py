@@ -5,16 +5,14 @@
 Of the texts made for the prompts and users of the run's test part: how many have the form, how many name exactly the
 genres of the prompt, how many are word for word in the training part; and a few of them."""
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
-from dppmg import Config, Dataset, parse_prompt  # noqa: E402
+from dppmg import parse_prompt  # noqa: E402
+from tests.report import load  # noqa: E402
 
 FORM = re.compile(r".+ \(\d{4}\): (.+)")
 
@@ -24,23 +22,19 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--pairs", type=int, default=1000)
     args = parser.parse_args()
-    asked = json.loads((args.run / "config.json").read_text())
-    parts = {name: part(**asked["settings"][name]) for name, part in train.PARTS.items()}
-    settings, cfg = parts.pop("train"), Config(**parts)
-    if asked["data"] is None:
+    try:
+        run = load(args.run)
+    except ValueError as error:
+        parser.error(str(error))
+    if run.world:
         parser.error(f"{args.run} is a run on stickers; need one on films")
-    data = Dataset.load(asked["data"], cfg.image.size, cfg.method.seed)
-    run = train.Run(cfg, settings, data, None, args.run, torch.device("cpu"))
-    run.restore()
-    if "reward" not in run.done:
-        parser.error(f"{args.run} is not finished; go on with train.py --resume")
     pairs = train.draw_pairs(run, train.TEST, args.pairs)
-    known = {data.texts[i] for i in run.seen.tolist()}
+    known = {run.data.texts[i] for i in run.seen.tolist()}
     for variant in train.VARIANTS:
         made = train.make(run, variant, pairs, run.generator("films"))
         texts, items = run.model.tokenizer.decode_batch(made.own.tokens), made.pairs.item.tolist()
         found = [FORM.fullmatch(text) for text in texts]
-        right = [match is not None and set(parse_prompt(match[1])) == set(data.prompts[i]) for match, i in zip(found, items)]
+        right = [match is not None and set(parse_prompt(match[1])) == set(run.data.prompts[i]) for match, i in zip(found, items)]
         copied = [text in known for text in texts]
         print(f"{variant}: {len(texts)} texts, form {sum(map(bool, found)) / len(texts):.3f}, genres as asked "
               f"{sum(right) / len(texts):.3f}, copied {sum(copied) / len(texts):.3f}")
