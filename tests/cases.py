@@ -351,24 +351,24 @@ def predict_copied_values():
 # ---- make it faster: the same work for a module, whichever version of the function it holds; another one for each k
 
 def race_faster_product(gnn):
-    graph, x = gnn.Graph(*random_graph(2000, 2000, 30)), torch.randn(4000, 64, generator=seeded())
+    graph, x = gnn.Graph(*random_graph(1000, 1000, 30)), torch.randn(2000, 64, generator=seeded())
     return lambda k: gnn._bag_product(graph, x + k)
 
 
 def race_faster_decoding(generators):
     torch.manual_seed(0)
-    cfg = generators.TextConfig(vocab_size=64, layers=2, width=32, heads=2, context=48)
+    cfg = generators.TextConfig(vocab_size=64, layers=1, width=32, heads=2, context=48)
     net = generators.TextDecoder(cfg, 5, 4, 8)
     words = torch.ones(8, 2, dtype=torch.int64)
     return lambda k: generators.sample_text(net, words, torch.randint(8, (8, 4), generator=seeded(k)), seeded(k))
 
 
 def race_faster_quantizer(vq):
-    x, book = torch.randn(4096, 64, generator=seeded()), torch.randn(64, 64, generator=seeded(1))
+    x, book = torch.randn(2048, 64, generator=seeded()), torch.randn(64, 64, generator=seeded(1))
     return lambda k: vq.nearest_code(x * (1 + k % 7), book)
 
 
-def seconds(work, start=0, least=0.15):
+def seconds(work, start=0, least=0.05):
     """Processor time of work(k), a mean over as many k from `start` on as take `least`: another busy process does not
     count, nor does what an answer remembers."""
     begun, runs = time.process_time(), 0
