@@ -533,13 +533,14 @@ def answer_of(folder, file):
         raise Refused(f"{file} cannot be read: {error}")
 
 
-def attempt(exercise, folder, theirs, send):
-    """Run an exercise's tests on an answer, in this process, and send each one's outcome."""
+def attempt(exercise, folder, theirs, send, only=None):
+    """Run an exercise's tests, or only one, on an answer, in this process, and send each one's
+    outcome."""
     file, function = split_name(exercise)
     path = Path(folder) / f"{file}.py"
     use(reference_with(file, spliced(read(file), theirs, function), path))
     check_origin(file, function, path)
-    for test in tests_of(exercise):
+    for test in tests_of(exercise, only):
         try:
             run_test(test)
             send([test.name, ""])
@@ -547,14 +548,16 @@ def attempt(exercise, folder, theirs, send):
             send([test.name, describe(error)])
 
 
-def tests_of(exercise):
-    return [test for test in GRADED[exercise.name] if test.name != BETRAYS]
+def tests_of(exercise, only=None):
+    """The tests that are functions: all, or the one of that name."""
+    tests = [test for test in GRADED[exercise.name] if test.name != BETRAYS]
+    return [test for test in tests if only in (None, test.name)]
 
 
-def results_of(exercise, sent, end):
+def results_of(exercise, sent, end, only=None):
     """The results of an exercise's tests from what the process sent; end: how it ended."""
     reasons, results = dict(sent), []
-    for test in tests_of(exercise):
+    for test in tests_of(exercise, only):
         reason = reasons.get(test.name, end.removeprefix("Refused: ") or "not run")
         said = f"expected: {test.expected}; but {reason}" if reason else ""
         results.append(Result(test.name, 0 if reason else test.points, test.points, said))
@@ -568,19 +571,22 @@ def grade_function(exercise, folder, limit=LIMIT):
         lambda send: attempt(exercise, folder, answer_of(folder, f"{file}.py"), send), limit))
 
 
-def grade_texts(exercise, texts):
-    """Results of several answers that are known to be harmless, in one process."""
+def grade_texts(exercise, texts, only=()):
+    """Results of several answers that are known to be harmless, in one process. only: for each
+    answer the one test that it is put to, None for all."""
+    only = only or [None] * len(texts)
+
     def work(send):
-        for text in texts:
+        for text, test in zip(texts, only, strict=True):
             sent = []
             try:
-                attempt(exercise, "handed_in", text, sent.append)
+                attempt(exercise, "handed_in", text, sent.append, test)
                 send([sent, ""])
             except Refused as error:
                 send([sent, str(error)])
     sent, end = in_process(work, 60)
     sent += [[[], end]] * (len(texts) - len(sent))
-    return [results_of(exercise, *x) for x in sent]
+    return [results_of(exercise, *x, test) for x, test in zip(sent, only)]
 
 
 def grade_race(exercise, folder, limit=LIMIT, text=None):

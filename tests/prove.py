@@ -1,6 +1,7 @@
 """The proof that the graders have teeth: what each exercise, bug, wrong answer and attack must lose, and no more.
 
 Run by test_coursework.py, and by `python tests/coursework.py prove`."""
+import functools
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ from coursework import (ANOTHER, BETRAYS, EXERCISES, GRADED, MODULES, NAMED, bet
                         points_of, read, source_of, split_name)
 
 CODE = [x for x in EXERCISES if x.kind != "predict"]
-BRIEF = 1.0                 # processor seconds that an attack is given
+BRIEF = 0.4                 # processor seconds that an attack is given; the reference takes a tenth
 
 
 def lost(results):
@@ -30,11 +31,12 @@ def others_stand(text, exercise):
                for x in CODE if split_name(x)[0] == file and split_name(x)[1] != function)
 
 
-def on_texts(exercise, texts):
-    """The results of an exercise on several texts of its file."""
+def on_texts(exercise, texts, only):
+    """The results of an exercise on several texts of its file; only: for each the one test that
+    counts, None for all."""
     if exercise.kind == "race":
         return [grade_race(exercise, "handed_in", text=text) for text in texts]
-    return grade_texts(exercise, texts)
+    return grade_texts(exercise, texts, only)
 
 
 def prove_exercises(say):
@@ -47,7 +49,8 @@ def prove_exercises(say):
         except LookupError as error:
             say(f"{exercise.name}: the code has changed, and the exercise does not fit it any more: {error}")
             continue
-        reference, start, *mistakes = on_texts(exercise, texts)
+        only = [None, None, *(wrong.caught for wrong in exercise.wrong)]
+        reference, start, *mistakes = on_texts(exercise, texts, only)
         for result in reference:
             if result.reason:
                 say(f"{exercise.name}: the reference loses {result.name}: {result.reason}")
@@ -67,6 +70,11 @@ def prove_exercises(say):
                 say(f"{exercise.name}: one of its texts changes another exercise's function")
 
 
+@functools.lru_cache(maxsize=None)
+def compiled(text, name):
+    return compile(text, name, "exec", optimize=0)
+
+
 def prove_order(say):
     """The tests that students have of an exercise pass once it and those that it comes after are written."""
     handed = handout_texts()
@@ -77,8 +85,9 @@ def prove_order(say):
             texts[file] = coursework.with_function(texts[file], function, source_of(read(file), function))
         tests = [test for test in GRADED[exercise.name] if test.shown]
 
+        code = {name: (compiled(text, name), name) for name, text in texts.items()}
+
         def work(send):
-            code = {name: (compile(text, name, "exec", optimize=0), name) for name, text in texts.items()}
             coursework.use(coursework.REFERENCE | code)
             for test in tests:
                 coursework.run_test(test)
@@ -100,7 +109,7 @@ def prove_cases(say):
     handed, bugs = handout_texts("all", "bug"), [x for x in EXERCISES if x.kind == "bug"]
 
     def work(send):
-        code = {name: (compile(handed[f"{name}.py"], name, "exec", optimize=0), name) for name in MODULES}
+        code = {name: (compiled(handed[f"{name}.py"], name), name) for name in MODULES}
         coursework.use(coursework.REFERENCE | code)
         for exercise in bugs:
             send(getattr(importlib.import_module("cases"), f"watch_{exercise.name}")())
@@ -223,6 +232,8 @@ def prove_attacks(say):
             for exercise in free:
                 if lost(grade_function(exercise, folder)):
                     say(f"{name}: it costs {exercise.name}, too")
+        if lost(grade_function(bpr, folder, BRIEF)):
+            say(f"the reference is not done in {BRIEF} seconds: no attack fails for another reason")
         for name, body in ATTACKS.items():
             check(name, wrong_bpr(body), ())
             if not others_stand(wrong_bpr(body), bpr):
