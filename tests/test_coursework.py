@@ -8,20 +8,37 @@ import pytest
 from conftest import PATIENCE, ROOT, spawn
 
 
-def run(*arguments):
-    """What coursework.py prints and its exit status, where it forks in a process of its own."""
-    process = spawn(str(ROOT / "tests" / "coursework.py"), *map(str, arguments))
-    printed, errors = process.communicate(timeout=PATIENCE)
-    return printed + errors, process.returncode
+ALL = """if True:
+    import sys, coursework
+    for command in " ".join(sys.argv[1:]).split(" then "):
+        if status := coursework.main(command.split()):
+            break
+    sys.exit(status)"""
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory):
+def forked(tmp_path_factory):
+    """A folder: a class of two, graded, then the proof's figures. In one process of its own, which
+    forks; what it printed."""
+    folder = tmp_path_factory.mktemp("coursework")
+    for name in ("ada", "bob"):
+        handout = ["handout", str(folder / "class" / name), "--kind", "predict"]
+        assert coursework.main(handout) == 0
+    answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
+    (folder / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
+    words = (f"grade {folder}/class --json {folder}/grades.json --junit {folder}/grades.xml then "
+             f"prove --json {folder}/proof.json")
+    process = spawn("-c", ALL, words, cwd=ROOT / "tests")
+    printed, errors = process.communicate(timeout=PATIENCE)
+    return folder, printed + errors
+
+
+@pytest.fixture(scope="module")
+def proof(forked):
     """The proof's figures."""
-    file = tmp_path_factory.mktemp("proof") / "proof.json"
-    printed, _ = run("prove", "--json", file)
-    assert file.exists(), printed
-    return json.loads(file.read_text())
+    folder, printed = forked
+    assert (folder / "proof.json").exists(), printed
+    return json.loads((folder / "proof.json").read_text())
 
 
 @pytest.mark.parametrize("part", ["exercises", "order", "cases", "handouts", "attacks", "grades"])
@@ -43,21 +60,16 @@ def test_the_list_shows_each_exercise_and_the_hours(capsys):
     assert len(re.findall(r"^\S+ +(?:core|full|challenge) +(?:write|bug|predict|race) +\d+ +\d+", printed, re.M)) >= 50
 
 
-def test_a_class_is_graded_as_text_json_and_junit(tmp_path):
+def test_a_class_is_graded_as_text_json_and_junit(forked):
     """Two submissions of predictions: one without an answer, one with a right, a wrong and a senseless one."""
-    for name in ("ada", "bob"):
-        assert coursework.main(["handout", str(tmp_path / "class" / name), "--kind", "predict"]) == 0
-    answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
-    (tmp_path / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
-    files = tmp_path / "r.json", tmp_path / "r.xml"
-    printed, status = run("grade", tmp_path / "class", "--json", files[0], "--junit", files[1])
-    assert status == 0, printed
-    result = json.loads(files[0].read_text())
+    folder, printed = forked
+    assert (folder / "grades.json").exists(), printed
+    result = json.loads((folder / "grades.json").read_text())
     assert {name: x["score"] for name, x in result.items()} == {"ada": 0, "bob": 1}
     tests = {x["number"]: x for x in result["bob"]["tests"]}
     assert tests["nucleus_size"]["score"] == tests["nucleus_size"]["max_score"] == 1
     assert tests["group_of_two"]["score"] == 0 and "-3" in tests["group_of_two"]["output"]
-    suites = ElementTree.parse(files[1]).getroot()
+    suites = ElementTree.parse(folder / "grades.xml").getroot()
     assert [int(x.get("tests")) - int(x.get("failures")) for x in suites] == [0, 1]
     assert "bob: 1 of" in printed
 
