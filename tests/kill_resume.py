@@ -6,6 +6,7 @@ a run that nobody disturbed; prints a line each. --chain: instead, one run, kill
 after the other. Exit status: the number of runs that end differently. Takes two minutes; --chain, which the
 tests use, half of one."""
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -54,6 +55,7 @@ def kill_at(moment: tuple[str, int]):
 
 def start(arguments: Sequence[str], log: Path, moment: tuple[str, int] | None = None) -> int:
     """Exit status of train.py in a process of its own, as subprocess gives it: -9 if it was killed."""
+    import torch._dynamo  # noqa: F401  the first optimizer imports it: now, for all children
     sys.stdout.flush()
     child = os.fork()       # not a new interpreter: importing torch takes longer than resuming
     if child == 0:
@@ -81,13 +83,14 @@ def survive(out: Path, moments: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """(path, value) of all that is not a dict or list; tensors as their bytes."""
+    """(path, value) of all that is not a dict or list; tensors as a hash of their bytes."""
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if key not in IGNORED:
                 yield from leaves(inner, f"{name}/{key}" if name else key)
     elif isinstance(value, torch.Tensor):
-        yield name, (value.dtype, value.shape, value.contiguous().numpy().tobytes())
+        digest = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        yield name, (value.dtype, value.shape, digest)
     else:
         yield name, value
 
@@ -103,13 +106,13 @@ def differences(one: Path, two: Path) -> list[str]:
     return [name for name in sorted(a | b) if a.get(name) != b.get(name)]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Does a run that is killed end with the same bits?")
     parser.add_argument("--chain", action="store_true", help="one run, killed again and again")
     parser.add_argument("--out", type=Path, help="folder for the runs (a temporary one)")
     parser.add_argument("--reference", type=Path, help="a finished smoke run to compare with (made here)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
