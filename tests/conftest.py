@@ -1,8 +1,11 @@
 """The modules lie at the top of the repository; all tests run on the CPU, offline, with fixed seeds."""
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,16 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def settings_read_once():
+    """train.py reads its settings off its source each time that it is called: slow, and the same."""
+    import train
+    original, known = train.settings, list(train.settings(train.PARTS))
+    train.settings = lambda parts: known if parts is train.PARTS else original(parts)
+    yield
+    train.settings = original
+
+
+@pytest.fixture(scope="session", autouse=True)
 def begun_early(request):
     """The runs that some test waits for, begun in the background before the first test."""
     asked = {name for item in request.session.items for name in item.fixturenames}
@@ -36,10 +49,65 @@ def spawn(*arguments: str, **options) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def finished(out: Path, process: subprocess.Popen) -> Path:
+class Fork:
+    """work() in a forked process, which has all that is imported here; what it prints goes to two
+    files of the folder. As far as it goes, like subprocess.Popen."""
+
+    def __init__(self, work, folder: Path, encoding: str = "utf-8"):
+        import torch._dynamo  # noqa: F401  the first optimizer imports it: now, for all forks
+        self.paths, self.returncode = [folder / name for name in ("printed", "errors")], None
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 70  # an exception that work() did not expect
+            try:
+                for stream, path in zip((1, 2), self.paths):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+                sys.stdout, sys.stderr = (open(n, "w", encoding=encoding, closefd=False)
+                                          for n in (1, 2))
+                status = work() or 0
+            except SystemExit as stop:
+                status = stop.code if isinstance(stop.code, int) else print(stop.code) or 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it printed, and its errors, when it is done."""
+        end = time.monotonic() + timeout
+        while self.returncode is None and time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.02)
+        assert self.returncode is not None, f"not done after {timeout} seconds"
+        return tuple(path.read_text(encoding="utf-8") for path in self.paths)
+
+    def kill(self):
+        """If it is not done."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def forget_the_project(folder: Path = ROOT):
+    """As if nothing of the project had been imported, in a process of its own: what is imported
+    from now on is looked for in the folder first."""
+    ours = (ROOT, ROOT / "tests")
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent in ours:
+            del sys.modules[name]
+    others = [path for path in sys.path if Path(path).resolve() not in ours]
+    sys.path[:] = [str(folder), *others]
+
+
+def finished(out: Path, process) -> Path:
     """The folder of a run, when it is done; what it printed lies beside it."""
     printed, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0, printed + errors
     (out.parent / "printed.txt").write_text(printed + errors)
     return out
 
@@ -81,13 +149,14 @@ def write_noise(folder: Path, seed: int, users: int = 60, items: int = 240, like
 NOISE = """--text-steps 60 --image-steps 60 --image-ae-steps 60 --gnn-steps 60 --vq-steps 60
     --reward-scorer-steps 150 --reward-scorer-width 16 --reward-scorer-batch 64 --reward-rounds 8
     --pairs 200 --samples 4 --sampled-users 8""".split()
-TWO_RUNS = """if True:
-    import sys, train
-    folder, *flags = sys.argv[1:]
-    for n in "01":
-        data, out = f"{folder}/data-{n}", f"{folder}/run-{n}"
-        if status := train.main(["--smoke", "--data", data, "--seed", n, *flags, "--out", out]):
-            sys.exit(status)"""
+
+
+def two_runs(folder: Path) -> int:
+    """The runs on noise; an exit status."""
+    import train
+    runs = (["--smoke", "--data", str(folder / f"data-{n}"), "--seed", str(n), *NOISE,
+             "--out", str(folder / f"run-{n}")] for n in (0, 1))
+    return next(filter(None, map(train.main, runs)), 0)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +165,7 @@ def noise_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("noise")
     for n in (0, 1):
         write_noise(folder / f"data-{n}", n)
-    process = spawn("-c", TWO_RUNS, str(folder), *NOISE, cwd=ROOT)
+    process = Fork(lambda: two_runs(folder), folder)
     yield folder, process
     process.kill()
 

@@ -2,6 +2,7 @@
 numbers, on which every mistake shows that a real one would punish, and some that it forgives.  One in float32, on a device that has no float64, on which whatever
 the host waits for is written down.  And one in bf16."""
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, spawn
+from conftest import PATIENCE, ROOT, Fork, forget_the_project
 from kill_resume import leaves
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -230,10 +231,17 @@ def test_bf16_is_on_only_where_a_card_has_it_and_does_not_emulate_it(monkeypatch
     assert kinds == [("cuda", torch.bfloat16)] * (wanted and real)
 
 
-def test_where_a_module_of_unix_is_missing_all_can_be_imported_and_help_is_printed():
-    script = ("import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
-              "import gnn, vq, generators, reward, dppmg, train\ntrain.main(['--help'])")
-    process = spawn("-c", script, cwd=ROOT)
+def test_where_a_module_of_unix_is_missing_all_can_be_imported_and_help_is_printed(tmp_path):
+    def work():
+        forget_the_project()
+        for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+            sys.modules[name] = None
+        for name in ("gnn", "vq", "generators", "reward", "dppmg", "train"):
+            assert importlib.import_module(name) is not before[name]
+        sys.modules["train"].main(["--help"])
+    before = {name: importlib.import_module(name) for name in ("gnn", "vq", "generators", "reward",
+                                                               "dppmg", "train")}
+    process = Fork(work, tmp_path)
     printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "--image-batch" in printed, errors
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, spawn
+from conftest import PATIENCE, ROOT, Fork, spawn
 from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
@@ -752,13 +752,17 @@ PRINT = """if True:
 
 
 @pytest.mark.parametrize("coding", ["ascii", "utf-8"])
-def test_what_a_terminal_cannot_show_does_not_stop_the_pictures(toy_run, tmp_path, coding, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", coding)
-    arguments = [str(toy_run), "--prompt", "fish", "--out", str(tmp_path / "a.png")]
-    process = spawn("-c", PRINT, *arguments, cwd=ROOT)
+def test_what_a_terminal_cannot_show_does_not_stop_the_pictures(toy_run, tmp_path, coding):
+    def work():
+        cat = dppmg.Generated(Image.new("RGB", (8, 8)), "d\u00e9j\u00e0 \u732b")
+        DPPMG.generate = lambda *_, **__: [cat] * 3
+        return dppmg.main([str(toy_run), "--prompt", "fish", "--out", str(out / "a.png")])
+    (out := tmp_path / "out").mkdir()
+    process = Fork(work, tmp_path, coding)
     printed, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, errors) == (0, "") and len(os.listdir(tmp_path)) == 3
-    assert printed.count("\n") == 3 and "d" in printed
+    assert (process.returncode, errors) == (0, "") and len(os.listdir(out)) == 3
+    cat = "d?j? ?" if coding == "ascii" else "d\u00e9j\u00e0 \u732b"
+    assert printed.count("\n") == printed.count(cat) == 3
 
 
 def test_a_reader_who_goes_away_does_not_stop_the_pictures(toy_run, tmp_path):

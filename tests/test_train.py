@@ -1,5 +1,6 @@
 """train.py: stickers and their referee, the loop, a run's files and report, kills, mistakes."""
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -16,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import kill_resume
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, spawn
+from conftest import PATIENCE, ROOT, Fork, spawn
 from kill_resume import differences
 from PIL import Image
 from test_report import Page, check_harmless
@@ -29,25 +31,24 @@ import train
 from dppmg import MODALITIES, CheckpointError, Dataset, read_checkpoint
 from train import ATTRIBUTES, SEEN, SETTINGS, SUBJECTS, TONES, Referee, TrainConfig, read_text
 
-TRAIN_REFEREE = """if True:
-    import sys, torch, train
-    run = train.open_run(*train.parse_arguments(["--resume", "--out", sys.argv[1]]))
-    run = train.Run(run.cfg, train.TrainConfig(), run.data, run.world, run.out, run.device)
+
+def train_referee(run, folder):
+    """A referee that learns with the default settings, into a folder."""
+    run = train.Run(run.cfg, TrainConfig(), run.data, run.world, folder, run.device)
     run.stage = "referee"
     train.train_referee(run)
-    torch.save(run.modules["referee"].state_dict(), sys.argv[1] + "/referee.pt")"""
+    torch.save(run.modules["referee"].state_dict(), run.out / "referee.pt")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes(smoke, tmp_path_factory):
+def processes(smoke, run, tmp_path_factory):
     """What takes long, begun at once beside the other tests, which come first: a run that is killed
-    again and again; a referee that learns with the default settings, in a folder."""
-    folder = tmp_path_factory.mktemp("begun")
-    shutil.copytree(smoke, folder / "run", ignore=shutil.ignore_patterns("metrics.json"))
-    script, reference = str(ROOT / "tests" / "kill_resume.py"), ("--reference", str(smoke))
-    begun = {"chain": spawn(script, "--chain", *reference, "--out", str(folder / "chain")),
-             "referee": spawn("-c", TRAIN_REFEREE, str(folder / "run"), cwd=ROOT)}
-    yield folder, begun
+    again and again; a referee that learns with the default settings."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("chain", "referee")]
+    chain = ["--chain", "--reference", str(smoke), "--out", str(folders[0])]
+    begun = {"chain": Fork(lambda: kill_resume.main(chain), folders[0]),
+             "referee": Fork(lambda: train_referee(run, folders[1]), folders[1])}
+    yield folders[1], begun
     for process in begun.values():
         process.kill()
 
@@ -73,8 +74,11 @@ def run(smoke, tmp_path_factory):
 
 
 @pytest.fixture
-def spare(smoke, tmp_path):
-    return reopen(smoke, tmp_path / "run")
+def spare(run, tmp_path):
+    """The same in a folder of its own, opened."""
+    clone = copy.deepcopy(run)
+    clone.out = shutil.copytree(run.out, tmp_path / "run")
+    return clone
 
 
 @pytest.fixture
@@ -499,7 +503,7 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
         checkpoint = read_checkpoint(copy / "checkpoint.pt")
         checkpoint["modules"][f"model.{name}"].view(torch.int32).view(-1)[5:6].bitwise_xor_(1)
         torch.save(checkpoint, copy / "checkpoint.pt")
-    copy = tmp_path / "copy"
+    copy = shutil.copytree(smoke, tmp_path / "copy")
     score = 'recall@20": 0'
     changes = {"checkpoint/modules/model.text.null": lambda: flip("text.null"),
                "checkpoint/modules/model.modality.image.tokens": lambda: flip("modality.image.tokens"),
@@ -507,12 +511,13 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
                "log": lambda: alter(copy / "log.csv", "gnn,30", "gnn,31"),
                "files": lambda: (copy / ".checkpoint.pt.1.tmp").write_text("")}
     for name, change in changes.items():
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(smoke, copy, ignore=shutil.ignore_patterns("s0*.png"))
-        assert differences(smoke, copy) == []
+        for path in (path for path in smoke.iterdir() if path.is_file()):
+            shutil.copy(path, copy)
         change()
-        assert all(found.startswith(name) for found in differences(smoke, copy)), name
-        assert differences(smoke, copy)
+        found = differences(smoke, copy)
+        assert found and all(x.startswith(name) for x in found), (name, found)
+    (copy / ".checkpoint.pt.1.tmp").unlink()
+    assert differences(smoke, copy) == []
 
 
 # ---- mistakes
@@ -927,10 +932,10 @@ def test_a_diverged_run_names_stage_and_step_and_leaves_a_checkpoint_that_loads(
 
 def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the_folder(processes, run):
     folder, begun = processes
-    printed, errors = begun["referee"].communicate(timeout=300)
+    _, errors = begun["referee"].communicate(timeout=PATIENCE)
     assert begun["referee"].returncode == 0, errors
     referee = Referee()
-    referee.load_state_dict(torch.load(folder / "run" / "referee.pt", weights_only=True))
+    referee.load_state_dict(torch.load(folder / "referee.pt", weights_only=True))
     pictures, values = train.draw_batch(1000, np.random.default_rng(2026))
     for name, right in zip(SEEN, (referee.read(pictures) == values).double().mean(0)):
         assert right >= 0.99, f"{name}: {right:.1%}"
@@ -943,6 +948,6 @@ def test_the_referee_reads_every_attribute_of_fresh_stickers_and_of_those_in_the
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(processes):
     """So two runs of one seed do. tests/kill_resume.py kills at more moments, each in a run of its own."""
     chain = processes[1]["chain"]
-    printed, errors = chain.communicate(timeout=300)
+    printed, errors = chain.communicate(timeout=PATIENCE)
     assert chain.returncode == 0, printed + errors
     assert printed.count("the same bits") == 1 and printed.count(",") >= 7
