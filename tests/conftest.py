@@ -26,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def settings_read_once():
-    """train.py reads its settings off its source each time that it is called: slow, and the same."""
+    """train.py reads its settings off its source whenever it is called: slow, and the same."""
     import train
     original, known = train.settings, list(train.settings(train.PARTS))
     train.settings = lambda parts: known if parts is train.PARTS else original(parts)

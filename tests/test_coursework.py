@@ -8,12 +8,11 @@ import pytest
 from conftest import PATIENCE, ROOT, spawn
 
 
-ALL = """if True:
+BOTH = """if True:
     import sys, coursework
-    for command in " ".join(sys.argv[1:]).split(" then "):
-        if status := coursework.main(command.split()):
-            break
-    sys.exit(status)"""
+    then = sys.argv.index("then")
+    first, second = sys.argv[1:then], sys.argv[then + 1:]
+    sys.exit(coursework.main(first) or coursework.main(second))"""
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +25,11 @@ def forked(tmp_path_factory):
         assert coursework.main(handout) == 0
     answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
     (folder / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
-    words = (f"grade {folder}/class --json {folder}/grades.json --junit {folder}/grades.xml then "
-             f"prove --json {folder}/proof.json")
-    process = spawn("-c", ALL, words, cwd=ROOT / "tests")
+    files = {name: str(folder / name) for name in ("grades.json", "grades.xml", "proof.json")}
+    grade = ["grade", str(folder / "class"), "--json", files["grades.json"],
+             "--junit", files["grades.xml"]]
+    process = spawn("-c", BOTH, *grade, "then", "prove", "--json", files["proof.json"],
+                    cwd=ROOT / "tests")
     printed, errors = process.communicate(timeout=PATIENCE)
     return folder, printed + errors
 
