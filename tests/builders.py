@@ -53,7 +53,10 @@ INKS = ("#1f5f9e", "#a3480f", "#1e6e38", "#75409b", "#a02048", "#595959")
 
 
 class Html(str):
-    """Text that is escaped already."""
+    """Text that is escaped already. What is added to it is escaped, too, and the sum is Html."""
+
+    def __add__(self, other: object) -> "Html":
+        return Html(str.__add__(self, words(other)))
 
 
 def words(value: object) -> Html:

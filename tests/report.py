@@ -166,7 +166,7 @@ def verdict(run: Run) -> Html:
     said = (f" Picture and text agree in {after[name]['mean']:.2f} of the pairs after the reward "
             f"(and in {after[f'{name}_repaired']['mean']:.2f} when the text comes from another "
             "draw: where that is as high, they agree by habit).")
-    return Html(element("p", element("strong", line + "."), said) + element("ul", *lines))
+    return element("p", element("strong", line + "."), said) + element("ul", *lines)
 
 
 # ---- pictures with texts ---------------------------------------------------------------------
@@ -194,7 +194,7 @@ def some_users(run: Run) -> Html:
             row(figures(run, contents(run, liked), ids)),
             table(["made for", *map(name_of, prompts)], rows, f"Pairs of user {k + 1}"),
             element("p", "; ".join(tokens), class_="dull")))
-    return Html(body + element("div", *parts, class_="users"))
+    return body + element("div", *parts, class_="users")
 
 
 def swapped(run: Run) -> Html:
@@ -213,7 +213,7 @@ def swapped(run: Run) -> Html:
     body = element("p", "All pairs have the prompt ", name_of(prompt), ". In a row both start from "
                    "the same noise; only the tokens differ. The own ones should suit better.")
     head = ["user", "likes", "own tokens", "another user's tokens"]
-    return Html(body + table(head, rows, "Swapped tokens"))
+    return body + table(head, rows, "Swapped tokens")
 
 
 def grid(run: Run) -> Html:
@@ -227,7 +227,7 @@ def grid(run: Run) -> Html:
             for k, u in enumerate(users.tolist())]
     body = element("p", "A row is a user, a column a prompt. Along a row the taste should stay, "
                    "down a column what the prompt asks for.")
-    return Html(body + table(["user", *(name_of(p, 40) for p in prompts)], rows, "Grid"))
+    return body + table(["user", *(name_of(p, 40) for p in prompts)], rows, "Grid")
 
 
 def traits(run: Run) -> tuple[list[str], Tensor]:
@@ -274,14 +274,14 @@ def codes(run: Run) -> Html:
             shown = contents(run, typical[int(line[0])].to(run.device))
             texts = run.model.tokenizer.decode_batch(shown.tokens)
             said = (element("div", "“", name_of(text, 100), "”") for text in texts)
-            line[2] = Html(words(line[2]) + (row(map(figure, shown.images, texts))
-                                             if m == "image" else element("div", *said)))
+            line[2] = words(line[2]) + (row(map(figure, shown.images, texts)) if m == "image"
+                                        else element("div", *said))
         head = ["code", "users", "liked above average, and examples"]
         body += element("h3", f"{m} codes".capitalize())
         body += table(head, rows[:8], f"Common {m} codes")
         if more := [line for line in rows[8:] if line[1] != "0"]:
             body += fold(f"{len(more)} more {m} codes", table(head, more, f"Other {m} codes"))
-    return Html(body)
+    return body
 
 
 @torch.no_grad()
@@ -295,12 +295,12 @@ def strips(run: Run) -> Html:
         for k in range(len(times) - 1):
             z.append(denoise(net, z[-1], times[k:k + 2], prompt, prefs, chance))
     seen = [model.decode_latents(x) for x in z]
-    rows = [[name_of(run.data.user_ids[u], 20),
-             *(figure(x[k], f"at time {t:.2f}") for x, t in zip(seen, times))]
-            for k, u in enumerate(users.tolist())]
     body = element("p", "The prompt is ", name_of(prompt_of(run, int(item))), ". Each step takes "
                    "some noise away: the layout comes first, details last.")
-    return Html(body + table(["user", *(f"t = {t:.2f}" for t in times)], rows, "Denoising"))
+    for k, u in enumerate(users.tolist()):
+        body += element("h3", "User ", name_of(run.data.user_ids[u]))
+        body += row(figure(x[k], f"at time {t:.2f}", f"t = {t:.2f}") for x, t in zip(seen, times))
+    return body
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def charts(run: Run) -> Html:
               if name == "held_out_auc"]
     last = ("How often a picture finds its text before another, on texts never learnt (chance "
             f"0.5, healthy from 0.7): {', '.join(single)}.") if single else ""
-    return Html(element("div", *drawn, class_="charts") + element("p", last))
+    return element("div", *drawn, class_="charts") + element("p", last)
 
 
 MEANING = {
@@ -382,7 +382,7 @@ def measures(run: Run) -> Html:
                 parts.append(element("h3", full) + bars(values, full))
                 if full in change:
                     parts[-1] += element("p", "after less before: ", change[full], class_="dull")
-        one = element("div", element("p", MEANING.get(base, "")), *map(Html, parts), class_="chart")
+        one = element("div", element("p", MEANING.get(base, "")), *parts, class_="chart")
         (shown if base in main else more).append(one)
     rows = [[name, *(found.get(name, "") for found in (*made.values(), change))]
             for name in made["after_reward"]]
@@ -390,7 +390,7 @@ def measures(run: Run) -> Html:
     body = element("p", "On the test part, which no training saw. Black lines, and ±, are 95 % "
                    "intervals.") + element("div", *shown, class_="charts")
     body += fold("More measures", element("div", *more, class_="charts"))
-    return Html(body + fold("All digits", table(head, rows, "All measures")) + ranking(run))
+    return body + fold("All digits", table(head, rows, "All measures")) + ranking(run)
 
 
 def ranking(run: Run) -> Html:
@@ -421,8 +421,8 @@ def costs(run: Run) -> Html:
     rows = [[stage, *both] for stage, both in run.seconds.items()]
     rows.append(["total", *np.sum([both for _, *both in rows], axis=0).tolist()])
     memory = kept(run, "metrics.json").get("peak_memory_mb") or train.peak_memory_mb()
-    return Html(element("p", f"At most {memory or 'unknown'} MB of memory.")
-                + table(["stage", "seconds", "CPU seconds"], rows, "Seconds"))
+    body = element("p", f"At most {memory or 'unknown'} MB of memory.")
+    return body + table(["stage", "seconds", "CPU seconds"], rows, "Seconds")
 
 
 def command(run: Run, folder: str | None) -> str:
@@ -447,10 +447,10 @@ def again(run: Run) -> Html:
     machine = config.get("machine") or train.machine(run.device)
     versions = ", ".join(f"{name} {value}" for name, value in machine.items())
     digest = run.data.fingerprint()[:16]
-    return Html(element("p", element("code", command(run, config.get("data"))))
-                + element("p", f"{versions}; data {digest}…")
-                + fold("All settings", table(["flag", "value", "default", "what it is"], rows,
-                                             "Settings")))
+    body = element("p", element("code", command(run, config.get("data"))))
+    body += element("p", f"{versions}; data {digest}…")
+    return body + fold("All settings", table(["flag", "value", "default", "what it is"], rows,
+                                             "Settings"))
 
 
 SECTIONS = {

@@ -84,6 +84,8 @@ def test_the_builders_escape_what_they_are_given():
     drawn = report.curves(EVIL, {EVIL: [(0, 1), (1, 2)]}, EVIL)
     assert EVIL not in drawn and drawn.count(SAFE) == 4
     assert report.words(report.element("p", EVIL)) == f"<p>{SAFE}</p>"  # escaped already: stays
+    both = report.element("p", EVIL) + EVIL + report.element("p", EVIL)
+    assert report.words(both) == f"<p>{SAFE}</p>{SAFE}<p>{SAFE}</p>"  # a sum stays, too
 
 
 def test_numbers_are_shown_with_three_digits():
@@ -258,6 +260,7 @@ def test_the_report_is_one_harmless_file(smoke):
     assert page.tags.count("svg") > 30 and page.tags.count("img") > 8 * (8 + 9) + 64
     assert len(re.findall("✓ agree|✗ ", source)) >= 72  # each of eight users' nine pairs is marked
     words = " ".join(page.words)
+    assert not re.search("</?(div|table|td|p|details)", words)  # markup that is shown as text
     for name in ("recall@20", "usage", "before reward", "u00", "setting ", "whole history", "perplexity",
                  "torch", "--gnn-steps", "MB of memory", "Healthy: ", "not measured"):
         assert name in words or name == "not measured", name
