@@ -47,6 +47,7 @@ code{overflow-wrap:anywhere;background:#f2f2f2;padding:2px 4px}
 @media(min-width:900px){.two{grid-template-columns:1fr 1fr}}
 @media(min-width:900px){body:has(.two){max-width:1500px}}
 @media print{body{max-width:none;font-size:12px}figure,svg,tr,.chart{break-inside:avoid}
+ h2,h3{break-after:avoid}
  .scroll{overflow:visible}details::details-content{content-visibility:visible;display:block}}
 """
 INKS = ("#1f5f9e", "#a3480f", "#1e6e38", "#75409b", "#a02048", "#595959")
