@@ -5,10 +5,10 @@
     python tests/study.py bits      sizes of the codebooks; a trained embedding per user instead
 
 --data DIR (none: stickers), --seeds N, --split random (the time column dropped), --jobs N processes
-of one thread, --out runs/study, --smoke, and train.py's settings, for all rows. A row starts from
-the tensors of its parent and trains the stages that it changes. Rows lie in OUT/seed-N/ROW, for all
-studies: what is there is not trained again, and what was interrupted goes on. Leaves
-OUT/STUDY/study.json, study.html and STUDY.csv.
+of one thread, --out runs/study, --smoke, --rows NAME... (those alone, and what they start from),
+and train.py's settings, for all rows. A row starts from the tensors of its parent and trains the
+stages that it changes. Rows lie in OUT/seed-N/ROW, for all studies: what is there is not trained
+again, and what was interrupted goes on. Leaves OUT/STUDY/study.json, study.html and STUDY.csv.
 
 Each idea is one switch: a field of Row, read in `open_row` or `set_tokens`. So the method's own
 files hold none of its rivals.
@@ -27,7 +27,7 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -515,9 +515,17 @@ def do_named_row(options: Options, study: str, seed: int, name: str):
     do_row(options, seed, row)
 
 
-def do_rows(options: Options, study: str, seeds: int, jobs: int):
-    """All rows of all seeds, each after its parent, in `jobs` processes."""
-    rows = rows_of(options, study)
+def needed(rows: list[Row], names: Sequence[str]) -> list[Row]:
+    """The rows of these names, and those that they start from; all where no name is given."""
+    keep = {*names} or {row.name for row in rows}
+    for row in reversed(rows):  # parents come first
+        keep |= {row.parent} if row.name in keep else set()
+    return [row for row in rows if row.name in keep]
+
+
+def do_rows(options: Options, study: str, seeds: int, jobs: int, names: Sequence[str] = ()):
+    """All rows of all seeds, or these, each after its parent, in `jobs` processes."""
+    rows = needed(rows_of(options, study), names)
     todo, done, running = [(seed, row) for seed in range(seeds) for row in rows], {""}, {}
     todo.sort(key=lambda task: rows.index(task[1]))  # what others wait for first
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -764,9 +772,10 @@ def begin(options: Options):
     train.write_json(path, asked)
 
 
-def write_study(options: Options, study: str, seeds: int):
-    """study.json, study.html and STUDY.csv of all rows that are measured."""
-    rows, read = [row for row in rows_of(options, study) if row.measured], {}
+def write_study(options: Options, study: str, seeds: int, names: Sequence[str] = ()):
+    """study.json, study.html and STUDY.csv of all rows that are measured, or of these."""
+    rows, read = needed(rows_of(options, study), names), {}
+    rows = [row for row in rows if row.measured and row.name in (names or [row.name])]
     for row in rows:
         paths = [folder_of(options, seed, row.name) / "row.json" for seed in range(seeds)]
         read[row.name] = [json.loads(path.read_text()) for path in paths]
@@ -796,15 +805,19 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("time", "random"), default="time")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these rows alone")
     parser.add_argument("--smoke", action="store_true", help="tiny: does it run?")
     args, flags = parser.parse_known_args(argv)
     changed, (_, given) = train.SMOKE if args.smoke else RECIPE, train.parse_arguments(flags)
     cfg, settings = train.build({g: changed.get(g, {}) | given[g] for g in train.PARTS})
     values = json.dumps(asdict(cfg) | {"train": asdict(settings)})
     options = Options(args.out, args.data, args.split, values)
+    names = [row.name for row in rows_of(options, args.study)]
+    if unknown := {*args.rows} - {*names}:
+        parser.error(f"--rows: {sorted(unknown)} not among {names}")
     begin(options)
-    do_rows(options, args.study, args.seeds, args.jobs)
-    write_study(options, args.study, args.seeds)
+    do_rows(options, args.study, args.seeds, args.jobs, args.rows)
+    write_study(options, args.study, args.seeds, args.rows)
 
 
 def linear_probe(

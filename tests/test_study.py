@@ -551,6 +551,20 @@ def test_a_whole_study_is_written_and_not_done_twice(options, capsys):
     assert math.isclose(float(line["mean"]), lines[FULL, "new"]["measures"]["utility_image"]["mean"])
     study.do_rows(options, "claims", 1, 1)      # in another process
     assert "stage" not in capsys.readouterr().out
+    study.write_study(options, "claims", 1, [PLAIN, "continuous"])
+    found = json.loads((out / "claims/study.json").read_text())
+    assert {x["row"] for x in found["rows"]} == {PLAIN, "continuous"}
+    assert {(x["claim"][:3], x["less"]) for x in found["claims"]} == {("(c)", "continuous")}
+
+
+def test_rows_that_are_asked_for_come_with_what_they_start_from():
+    rows = list(ROWS.values())
+    names = [row.name for row in study.needed(rows, ["DPPMG, best of n", "ID-only"])]
+    trunk = [row.name for row in study.TRUNK]
+    assert names == [*trunk, PLAIN, FULL, "ID-only", "DPPMG, best of n"]
+    assert study.needed(rows, []) == rows
+    with pytest.raises(SystemExit):
+        study.main(["claims", "--smoke", "--rows", "no such row"])
 
 
 def test_rows_of_other_settings_are_refused(options):
