@@ -30,8 +30,8 @@ import contextlib
 import csv
 import difflib
 import hashlib
-import inspect
 import math
+import operator
 import os
 import re
 import sys
@@ -40,7 +40,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -129,21 +128,12 @@ class Config:
                 ("text.temperature", learns and not text.temperature, "> 0, or --reward-rounds 0")):
             if wrong:
                 flag = flag_of(*name.split("."))
-                raise ValueError(f"{flag} {attrgetter(name)(self)}: need {need}")
+                raise ValueError(f"{flag} {operator.attrgetter(name)(self)}: need {need}")
 
     @classmethod
     def from_dict(cls, values: dict[str, dict]) -> "Config":
         """The Config whose asdict() this is. Raises KeyError, TypeError or ValueError on others."""
         return cls(**{x.name: type(x.default)(**values[x.name]) for x in fields(cls)})
-
-
-def settings(parts: dict[str, type]) -> list[tuple]:
-    """(group, name, field, help) of every setting; the help is the comment behind it."""
-    found = []
-    for group, part in parts.items():
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.M))
-        found += [(group, x.name, x, comments.get(x.name, "")) for x in fields(part)]
-    return found
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -184,12 +174,13 @@ def pick_device(name: str | None) -> torch.device:
     try:
         return torch.Generator(torch.zeros(1, device=name).device).device
     except (RuntimeError, AssertionError) as error:
-        why = f"not to be had here ({str(error).splitlines()[0]})"
+        why = f"not to be had here ({str(error).splitlines()[0]:.100})"
         raise ValueError(f"--device {name}: {why}; try cpu") from None
 
 
 def forgive_terminals():
-    """From now on, what a terminal cannot show is replaced, and no reason to stop."""
+    """From now on, what a terminal cannot show is replaced, and a closed one ends nothing."""
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -245,14 +236,13 @@ class Catalogue:
 
     def place(self, kind: str, names: Iterable[object]) -> list[int]:
         """Numbers of some of a kind ("user", "item", "prompt word"), whose names are compared as
-        strings. Raises ValueError on one that is not known."""
+        strings, a number's in a tensor, too. Raises ValueError on one that is not known."""
         there = {"user": self.user_ids, "item": self.item_ids, "prompt word": self.words}[kind]
         number = {name: n for n, name in enumerate(there)}
-        try:
-            return [number[str(name)] for name in names]
-        except KeyError as error:
-            name = error.args[0]
-            raise ValueError(f"unknown {kind} {name!r:.60}: {known(name, there)}") from None
+        wanted = [f"{name}" for name in names]
+        if unknown := [name for name in wanted if name not in number]:
+            raise ValueError(f"unknown {kind} {unknown[0]!r:.60}: {known(unknown[0], there)}")
+        return [number[name] for name in wanted]
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Phrases -> (B, P) int64, P >= max_words, padded with 0. ValueError on an unknown one."""
@@ -436,15 +426,17 @@ class DPPMG(nn.Module):
             found.append(self.score(m, p.repeat_interleave(len(content) // len(p), 0), content))
         return tuple(x.unflatten(0, (len(p), -1)) for x in found)
 
-    def generate(self, prompt: str, person: object = None, n: int = 1, seed: int = 0,
-                 best_of: int = 1) -> list[Generated]:
-        """n pairs for the prompt (phrases parted by commas) and a person: the id of a training
-        user, or a list of items that somebody likes who was not in training, or None:
+    def generate(self, prompt: str | Iterable[str], person: object = None, n: int = 1,
+                 seed: int = 0, best_of: int = 1) -> list[Generated]:
+        """n pairs for the prompt (phrases, parted by commas or in a list) and a person: the id of a
+        training user, or a list of items that somebody likes who was not in training, or None:
         unpersonalized. best_of k > 1: each is the best by the reward of k pictures and 2 k texts.
-        Raises ValueError on what is not known."""
+        Raises ValueError on what is not known, TypeError on a number that is no integer."""
+        n, best_of, seed = map(operator.index, (n, best_of, seed))
         if min(n, best_of) < 1:
             raise ValueError(f"n={n}, best_of={best_of}: both need to be at least 1")
         device = self.graph.col.device
+        prompt = prompt if isinstance(prompt, str) else ",".join(prompt)
         words = self.catalogue.encode_prompts([parse_prompt(prompt)]).to(device)
         if person is None:
             prefs = {m: words.new_full((1, self.cfg.vq.levels), -1) for m in MODALITIES}
@@ -565,7 +557,7 @@ COLUMNS = {
     "items.csv": {"item": "item", "text": "text", "prompt": "prompt"},
     "interactions.csv": {"user": "user", "item": "item",
                          "timestamp": "date time datetime timestamp",
-                         "rating": "click like label stars score rating"}}
+                         "rating": "value overall click like likes label stars score rating"}}
 ALL_LIKES = "every row counts as a like; --min-rating R keeps rows of at least R"
 MAX_PHRASES = 16  # of a prompt: a generator's condition is short
 MAX_LISTED = 10  # errors shown per file
@@ -632,7 +624,7 @@ class _Folder:
         self.clock, self.ids, self.pictures = None, defaultdict(dict), defaultdict(list)
         for path in sorted(self.root.glob("images/*")):
             if path.suffix.lower() in SUFFIXES and self.holds(path):
-                self.pictures[normalize("NFC", path.stem)].append(path)
+                self.pictures[_plain(path.stem)].append(path)
 
     def holds(self, path: Path) -> bool:
         """Is it a file of the folder, and no link out of it, which may come from anywhere?"""
@@ -646,7 +638,7 @@ class _Folder:
         ignored = [name for name in header if name not in found.values()]
         if not found.keys() >= {*needed} or len(found) + len(ignored) != len(header):
             raise ValueError(f"the header {','.join(header)!r:.60} needs {needed}, each once")
-        self.notices[f"columns of {file} ignored: {', '.join(ignored)!r:.60}"] = len(ignored)
+        self.notices[f"columns of {file} ignored: {', '.join(ignored)!r}"] = len(ignored)
         if "rating" in found and self.min_rating is None:
             self.notices[f"column {found['rating']!r}: {ALL_LIKES}"] = 1
         return found
@@ -697,10 +689,11 @@ class _Folder:
             raise ValueError("is there twice")
         self.items[item] = -1
         self.gaps.add(self.place)  # until it is seen to have both
-        pictures = self.pictures.pop(normalize("NFC", item), [])
+        alike, name = self.pictures[_plain(item)], normalize("NFC", item)
+        pictures = [path for path in alike if normalize("NFC", path.stem) == name]
         if not text.strip() or len(pictures) != 1:
-            names = [path.name for path in pictures]
-            raise ValueError(f"text {text!r:.60} and pictures {names}: need one of each")
+            there = [path.name for path in alike]
+            raise ValueError(f"text {text!r:.60} and pictures {there!a}: need one, of this name")
         image = read_image(pictures[0], self.size)
         self.gaps.remove(self.place)
         phrases = parse_prompt(prompt)
@@ -712,17 +705,17 @@ class _Folder:
         """Keep a user and an item at their earliest time."""
         number = self.items.get(item, self.unknown)
         if number is None:
-            near = [f"; did you mean {name!r}?" for name in self.ids["item", _plain(item)]]
+            near = [f"; did you mean {name!a}?" for name in self.ids["item", _plain(item)]]
             raise ValueError(f"not in items.csv{''.join(near)}")
         self.check_id("user", user)
         time, kind = _time(timestamp)
         self.clock = self.clock or kind
         if kind != self.clock or not math.isfinite(time):
             raise ValueError(f"timestamp {timestamp!r}: need a finite {self.clock} in every row")
-        if self.min_rating is not None and not float(rating) >= self.min_rating:
+        if self.min_rating is not None and not float(rating or "nan") >= self.min_rating:
             self.notices[f"interactions not rated {self.min_rating:g} or more left out"] += 1
         elif number < 0:
-            self.notices["interactions with these items left out"] += 1
+            self.notices["interactions with items that are left out"] += 1
         else:
             pair = self.users.setdefault(user, len(self.users)), number
             self.notices["repeated interactions merged, the earliest kept"] += pair in self.likes
@@ -742,8 +735,8 @@ class _Folder:
         if errors:
             raise DataError("\n  ".join(lines + str(DataError.__doc__).split("\n")[2:]))
         self.notices["items without a text or a readable picture left out"] = len(self.gaps)
-        twins = [[*names] for names in self.ids.values() if len(names) > 1]
-        self.notices[f"sets of ids look alike: {twins[:3]}: did you mean one?"] = len(twins)
+        twins = [(kind, *names) for (kind, _), names in self.ids.items() if len(names) > 1]
+        self.notices[f"sets of ids look alike: {twins[:3]!a}: did you mean one?"] = len(twins)
 
 
 # ---- the data set ------------------------------------------------------------------------------
@@ -786,10 +779,10 @@ class Dataset:
     part: Tensor
     notices: list[str]
 
-    def pairs(self, part: int) -> tuple[Tensor, Tensor]:
-        """(user, item) of the interactions in TRAIN, VALID or TEST."""
-        rows = self.part == part
-        return self.user[rows], self.item[rows]
+    def pairs(self, *parts: int) -> Tensor:
+        """Users and items (2, R) of the interactions in some parts, or in all."""
+        rows = torch.isin(self.part, torch.tensor(parts)) if parts else slice(None)
+        return torch.stack([self.user[rows], self.item[rows]])
 
     def fingerprint(self) -> str:
         """Digest of all that training reads."""
@@ -811,17 +804,18 @@ class Dataset:
         found.read("items.csv", found.take_item)
         found.read("interactions.csv", found.take_like)
         found.check(drop_incomplete)
+        ties = len(found.likes) - len({(u, time) for (u, _), time in found.likes.items()})
+        found.notices["interactions as old as another of the user: in order by chance"] = ties
+        notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
         users, n = list(found.users), len(found.kept)
-        most = max(Counter(user for user, _ in found.likes).values(), default=0)
-        if min(len(users), n, most - 1) < 2:
-            raise DataError(f"{folder}: {len(users)} users, {n} items, {most} of one; need 2, 2, 3")
+        if min(len(users), n) < 2:
+            what = f"{folder}: {len(users)} users with likes and {n} items; need 2 of each"
+            raise DataError("\n  ".join([what, *notices]))
         items, texts, prompts, images = map(list, zip(*found.kept))
         words = sorted({word for phrases in prompts for word in phrases})
         user, item = torch.tensor(list(found.likes)).T.contiguous()
         time = torch.tensor(list(found.likes.values()), dtype=torch.float64)
         part = split_by_time(user, time, seed)
-        found.notices["time for all interactions: split by a shuffle"] = len(time.unique()) == 1
-        notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
         return cls(found.root.name, users, items, texts, prompts, words,
                    torch.from_numpy(np.stack(images)), user, item, time, part, notices)
 
@@ -867,14 +861,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", default="dppmg.png", help="file for the picture; several: -2, -3 .. (%(default)s)")
     add("--n", type=int, default=1, help="how many pairs (%(default)s)")
     add("--best-of", type=int, default=1, metavar="K",
-        help="make K pictures and 2 K texts, keep the best pair by the reward (%(default)s)")
+        help="the best pair of K pictures and 2 K texts, by the reward (%(default)s)")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--device", help="cpu, cuda or another of torch's (cuda where there is one)")
     forgive_terminals()
     args = parser.parse_args(argv)
     out = Path(args.out)
     try:
-        if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
+        if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir() or out.is_dir():
             raise ValueError(f"--out {args.out}: need a .png or .jpg in a folder that exists")
         model = DPPMG.load(args.run, args.device)
         person = args.user if args.history is None else args.history

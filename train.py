@@ -19,9 +19,11 @@ import contextlib
 import copy
 import csv
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,7 +42,7 @@ from tqdm import tqdm
 
 from dppmg import (DPPMG, FORMAT, MODALITIES, TEST, TRAIN, VALID, Catalogue, CheckpointError,
                    Config, Dataset, OneLineParser, check_limits, flag_of, forgive_terminals,
-                   hold_out_users, pick_device, read_checkpoint, replacing, say, settings)
+                   hold_out_users, pick_device, read_checkpoint, replacing, say)
 from generators import Tokenizer, drop_preferences, table_as
 from gnn import bpr_loss, build_graph, ranking_summary, sample_positives, sample_triplets
 from reward import (Content, Scorer, embed, frechet_interval, halves_by_text, interval, judge_pairs,
@@ -327,9 +329,7 @@ class Run:
 
     def pairs(self, *parts: int) -> Tensor:
         """Users and items (2, R) of the interactions in some parts of the data, or in all."""
-        data = self.data
-        rows = torch.isin(data.part, torch.tensor(parts)) if parts else slice(None)
-        return torch.stack([data.user[rows], data.item[rows]]).to(self.device)
+        return self.data.pairs(*parts).to(self.device)
 
     def seed(self, stage: str, step: int = 0) -> int:
         """A number below 2^63: a function of the run's seed, the stage and the step."""
@@ -1012,6 +1012,15 @@ SMOKE = {
     "method": dict(image_features=16, text_features=16)}
 
 
+def settings(parts: dict[str, type]) -> list[tuple]:
+    """(group, name, field, help) of every setting; the help is the comment behind it."""
+    found = []
+    for group, part in parts.items():
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(part), re.M))
+        found += [(group, x.name, x, comments.get(x.name, "")) for x in fields(part)]
+    return found
+
+
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:
     """Arguments, and the settings that were given: group -> name -> value."""
     parser = OneLineParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -1029,11 +1038,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
         text = f"{text} ({field.default})".replace("%", "%%")
         groups[group].add_argument(flag_of(group, name), dest=f"{group}.{name}",
                                    default=argparse.SUPPRESS, help=text, **how)
-    args, given = parser.parse_args(argv), {group: {} for group in PARTS}
-    for key, value in vars(args).items():
-        group, _, name = key.rpartition(".")
-        if group:
-            given[group][name] = value
+    args = parser.parse_args(argv)
+    given = {group: {key.removeprefix(f"{group}."): value for key, value in vars(args).items()
+                     if key.startswith(f"{group}.")} for group in PARTS}
     return args, given
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tests/report.py`
 import train  # noqa: E402
-from dppmg import Dataset, flag_of, forgive_terminals, say, settings  # noqa: E402
+from dppmg import Dataset, flag_of, forgive_terminals, say  # noqa: E402
 from generators import denoise, sampling_times  # noqa: E402
 from reward import Content, embed  # noqa: E402
 from tests.builders import (STYLE, Html, bars, curves, element, figure, fold,  # noqa: E402
                             name_of, row, table, words)
-from train import Run, contents, make_for, values_of  # noqa: E402
+from train import Run, contents, make_for, settings, values_of  # noqa: E402
 from vq import code_lift  # noqa: E402
 
 VARIANTS = {"real": "real items", "unpersonalized": "no tokens", "before_reward": "before reward",

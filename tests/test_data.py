@@ -176,7 +176,7 @@ def gap(why, line=3, item="b"):
 
 def one(text="two cats", pictures=()):
     """What is said of an item that has not just one text and one picture."""
-    return f"text {text!r} and pictures {list(pictures)}: need one of each"
+    return f"text {text!r} and pictures {list(pictures)}: need one, of this name"
 
 
 def no_pictures(names):
@@ -328,14 +328,20 @@ def test_a_folder_that_is_none_costs_one_line(tmp_path, what):
     assert str(error.value) == f"{tmp_path / what}: does not exist, or holds no folder images/"
 
 
-@pytest.mark.parametrize("lines, expected", [
-    ((LIKES[0],), "0 users, 4 items, 0 of one"), (LIKES[:4], "1 users, 4 items, 3 of one"),
-    (("user,item", "u,a", "u,b", "v,a", "v,a", "v,a"), "2 users, 4 items, 2 of one")])
-def test_what_is_too_little_to_test_on_is_refused(folder, lines, expected):
-    rows("interactions", *lines)(folder)
+@pytest.mark.parametrize("n", [1, 4])
+def test_fewer_than_two_users_are_refused(folder, n):
+    rows("interactions", *LIKES[:n])(folder)
     with pytest.raises(DataError) as error:
         load(folder)
-    assert str(error.value) == f"{folder}: {expected}; need 2, 2, 3"
+    assert str(error.value) == f"{folder}: {n // 4} users with likes and 4 items; need 2 of each"
+
+
+def test_what_left_too_little_is_said(folder):
+    rows("interactions", "user,item,rating", *RATED)(folder)
+    with pytest.raises(DataError) as error:
+        load(folder, min_rating=11)
+    assert str(error.value) == (f"{folder}: 0 users with likes and 4 items; need 2 of each\n"
+                                "  7 interactions not rated 11 or more left out")
 
 
 def test_two_users_two_items_and_a_user_of_three_items_suffice(folder):
@@ -345,7 +351,10 @@ def test_two_users_two_items_and_a_user_of_three_items_suffice(folder):
     rows("interactions", "user,item", "u,a", "u,b", "v,a", "v,b")(folder)
     with pytest.raises(DataError) as error:
         load(folder, drop_incomplete=True)
-    assert str(error.value) == f"{folder}: 2 users, 1 items, 1 of one; need 2, 2, 3"
+    assert str(error.value).split("\n") == [
+        f"{folder}: 2 users with likes and 1 items; need 2 of each",
+        "  2 interactions with items that are left out",
+        "  1 items without a text or a readable picture left out"]
 
 
 def test_one_error_lists_all_that_is_wrong_and_no_more(folder):
@@ -494,7 +503,8 @@ def test_duplicates_keep_the_earliest(folder):
     data = load(folder)
     found = list(zip(data.user.tolist(), data.item.tolist(), data.time.tolist()))
     assert found == [(0, 0, -3), (0, 1, 1), (1, 0, 2), (0, 2, 1)]
-    assert data.notices == ["3 repeated interactions merged, the earliest kept"]
+    assert data.notices == ["3 repeated interactions merged, the earliest kept",
+                            "1 interactions as old as another of the user: in order by chance"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -539,27 +549,27 @@ def test_without_times_that_differ_the_seed_decides(folder, time):
     likes = [f"u{n},{item}{time}" for n in range(40) for item in "abc"]
     rows("interactions", "user,item" + ",timestamp" * bool(time), *likes)(folder)
     data, same, other = load(folder), load(folder), load(folder, seed=1)
-    assert data.notices == [ONE_TIME] and data.time.unique().tolist() == [1.6e12 if time else 0]
+    assert data.notices == [TIES.format(80)] and data.time.unique().tolist() == [1.6e12 if time else 0]
     assert torch.equal(data.part, same.part) and not torch.equal(data.part, other.part)
     assert data.part.bincount().tolist() == [40, 40, 40]
     assert len(set(map(tuple, data.part.view(40, 3).tolist()))) == 6        # every order occurs
 
 
-ONE_TIME = "1 time for all interactions: split by a shuffle"
+TIES = "{} interactions as old as another of the user: in order by chance"
 RATED = ["u,a,4", "u,b,0.5", "u,c,3", "v,a,3.5", "v,b,1e1", "u,d,5", "w,a,2"]
 
 
-@pytest.mark.parametrize("column", ["rating", "Score", "stars", "label", "like", "CLICK"])
+@pytest.mark.parametrize("column", ["rating", "Score", "stars", "label", "like", "CLICK", "overall"])
 def test_every_row_is_a_like_unless_a_lowest_rating_is_given(folder, column):
     rows("interactions", f"user,item,{column}", *RATED)(folder)
     data = load(folder)
     assert data.user_ids == ["u", "v", "w"] and len(data.user) == 7
     assert data.notices == [f"1 column {column.lower()!r}: every row counts as a like; "
-                            "--min-rating R keeps rows of at least R", ONE_TIME]
+                            "--min-rating R keeps rows of at least R", TIES.format(4)]
     data = load(folder, min_rating=3)
     assert data.user_ids == ["u", "v"] and data.user.tolist() == [0, 0, 1, 1, 0]
     assert data.item.tolist() == [0, 2, 0, 1, 3]
-    assert data.notices == ["2 interactions not rated 3 or more left out", ONE_TIME]
+    assert data.notices == ["2 interactions not rated 3 or more left out", TIES.format(3)]
     assert len(load(folder, min_rating=0).user) == 7                # 0 is a rating, too
 
 
@@ -568,11 +578,10 @@ def test_a_rating_must_be_a_number_where_it_is_needed(folder):
     rows("interactions", "user,item,rating", *RATED, *(f"v,d,{value}" for value in values))(folder)
     assert len(load(folder).user) == 8
     assert problems(folder, min_rating=1) == [
-        f"interactions.csv:{9 + n}: item 'd': could not convert string to float: {value!r}"
-        for n, value in enumerate(values[:2])]
-    rows("interactions", "user,item,rating", *RATED, "v,d,nan")(folder)
+        "interactions.csv:9: item 'd': could not convert string to float: 'dislike'"]
+    rows("interactions", "user,item,rating", *RATED, "v,d,nan", "w,d,")(folder)
     data = load(folder, min_rating=1)
-    assert len(data.user) == 6 and "2 interactions not rated 1 or more left out" in data.notices
+    assert len(data.user) == 6 and "3 interactions not rated 1 or more left out" in data.notices
     rows("interactions", *LIKES)(folder)
     missing = needs("interactions", LIKES[0], "user", "item", "rating")
     assert problems(folder, min_rating=1) == missing
@@ -588,7 +597,7 @@ def test_incomplete_items_are_left_out_with_their_interactions(folder):
     rows("interactions", *LIKES[:3], "ann,e,5", "eve,f,5", *LIKES[3:], "bob,x,5")(folder)
     assert len(problems(folder)) == 3
     data = load(folder, drop_incomplete=True)
-    assert data.notices == ["3 interactions with these items left out",
+    assert data.notices == ["3 interactions with items that are left out",
                             "3 items without a text or a readable picture left out"]
     rows("items", *ITEMS)(folder)
     rows("interactions", *LIKES)(folder)
@@ -635,13 +644,41 @@ def test_ids_that_differ_in_form_alone_are_noticed(folder):
     data = load(folder)
     assert data.user_ids == ["ann", *users] and data.item_ids[4:] == names
     assert data.notices == [
-        "5 sets of ids look alike: [['a', 'A'], ['u0', 'u0 ', 'U0'], ['007', '7.0']]: "
-        "did you mean one?"]
+        "5 sets of ids look alike: [('item', 'a', 'A'), ('user', 'u0', 'u0 ', 'U0'), "
+        "('user', '007', '7.0')]: did you mean one?"]
     asked = {"A ": "'a'?; did you mean 'A'?", "07": "'7'?", "7.0": "'7'?", "7.00": "",
              "00": "'0'?", "0.0": "'0'?", "1": ""}
     rows("interactions", *LIKES, *(f"bob,{name},1" for name in asked))(folder)
     assert problems(folder) == [line + f"; did you mean {near}" * bool(near)
                                 for line, near in zip(unknown(asked, 8), asked.values())]
+
+
+def test_what_looks_the_same_is_told_apart(folder):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    rows("interactions", *LIKES, f"{composed},a,1", f"{decomposed},a,2")(folder)
+    assert load(folder).notices == [
+        r"1 sets of ids look alike: [('user', '\xe9', 'e\u0301')]: did you mean one?"]
+    rows("items", *ITEMS, f"{decomposed},text,x")(folder)
+    picture(f"{decomposed}.png")(folder)
+    rows("interactions", *LIKES, f"ann,{composed},1")(folder)
+    assert problems(folder) == [
+        f"interactions.csv:8: item {composed!r}: not in items.csv; did you mean {decomposed!a}?"]
+
+
+def test_pictures_of_nearly_the_name_are_named(folder):
+    rows("items", *ITEMS, "12,text,x", "12.0,text,x", "I1 ,text,x")(folder)
+    for name in ("0012.png", "012.jpg", "i1.png"):
+        picture(name)(folder)
+    assert problems(folder) == [
+        f"items.csv:{line}: item {item!r}: {one('text', there)}" for line, item, there in
+        ((6, "12", ["0012.png", "012.jpg"]), (7, "12.0", ["0012.png", "012.jpg"]), (8, "I1 ", ["i1.png"]))]
+
+
+def test_all_ignored_columns_are_named(folder):
+    names = [f"a column with a long name {n}" for n in range(9)]
+    rows("interactions", ",".join(["user", "item", *names]),
+         *(f"{row[:5]},{',' * 8}" for row in LIKES[1:]))(folder)
+    assert load(folder).notices[0] == f"9 columns of interactions.csv ignored: {', '.join(names)!r}"
 
 
 def test_prompts():

@@ -14,6 +14,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
 
 import dppmg
+import train
 from dppmg import (DPPMG, FORMAT, MODALITIES, Catalogue, CheckpointError, Config, MethodConfig,
                    flag_of, parse_prompt, read_checkpoint, replacing, table_as)
 from generators import (EOS, T_MAX, ImageConfig, TextConfig, Tokenizer, denoise, sample_latents,
@@ -135,7 +136,7 @@ def test_what_are_no_settings_make_no_config(values):
 
 
 def test_flags_and_their_help_are_those_of_the_fields():
-    found = dppmg.settings({"gnn": GNNConfig, "method": MethodConfig})
+    found = train.settings({"gnn": GNNConfig, "method": MethodConfig})
     assert [name for group, name, _, _ in found if group == "gnn"] == [f.name for f in fields(GNNConfig)]
     for group, name, field, text in found:
         assert text and field.name == name
@@ -302,7 +303,7 @@ def test_ids_may_be_of_any_kind_and_count_as_strings():
     assert same(model.generate("fish", np.int64(3)), model.generate("fish", np.str_("3")))
     made = model.generate("fish", ["1", "4"])
     for history in ([1, 4], ("1", "4"), np.array([4, 1]), np.array(["1", "4"]), {1: "x", 4: "y"}.keys(),
-                    (n for n in (1, 4)), {"1", "4"}):
+                    (n for n in (1, 4)), {"1", "4"}, torch.tensor([1, 4])):
         assert same(made, model.generate("fish", history))
     assert not same(made, model.generate("fish", [1]))
     tokens = model.fold_in([["1", "4"], ["2", "3"]])
@@ -321,6 +322,18 @@ def test_any_whole_number_is_a_seed_and_different_ones_differ():
     made = [model.generate("fish", "u3", seed=seed) for seed in (0, -1, 10**20, 10**20 + 1)]
     assert not any(same(made[k], other) for k in range(4) for other in made[:k])
     assert same(made[2], model.generate("fish", "u3", seed=10**20))
+    assert same(made[0], model.generate("fish", "u3", np.int64(1), np.int64(0), np.uint8(1)))
+
+
+@pytest.mark.parametrize("wrong", [dict(n=1.5), dict(n="2"), dict(best_of=2.0), dict(seed=0.5)])
+def test_a_number_that_is_no_integer_is_refused(model, wrong):
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        model.generate("fish", **wrong)
+
+
+def test_a_prompt_may_be_a_list_of_phrases(model):
+    made = model.generate("fish, moon")
+    assert same(made, model.generate(["fish", "moon"])) and same(made, model.generate(("Fish", " moon")))
 
 
 # ---- one step of REINFORCE
