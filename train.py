@@ -1074,24 +1074,21 @@ def new_folder(name: str) -> Path:
             return out
 
 
-def is_running(process: str) -> bool:
-    """Whether there is a process of that number; on Windows, where asking would end it: yes."""
-    try:
-        return os.name == "nt" or os.kill(int(process), 0) is None
-    except (OSError, ValueError, OverflowError) as error:
-        return isinstance(error, PermissionError)  # it is another user's
-
-
 def lock(out: Path):
-    """Claim a folder for this process until it ends. ValueError where another one trains in it."""
-    path, mine = out / "lock", str(os.getpid())
-    if path.exists() and not is_running(path.read_text()):
-        path.unlink()
-    with contextlib.suppress(FileExistsError), open(path, "x") as file:
-        file.write(mine)  # unless another process was quicker
-    if (owner := path.read_text()) != mine:
-        what = f"process {owner} trains in it; wait, or choose another"
-        raise ValueError(f"--out {out}: {what} (if none does, remove {path})")
+    """Claim a folder for this process. ValueError where another one trains in it. The system keeps
+    the lock while the file is open, and forgets it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where nobody is kept out
+        return
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(file, 20).decode()
+        raise ValueError(f"--out {out}: process {owner} trains in it; choose another") from None
+    os.ftruncate(file, 0)
+    os.write(file, str(os.getpid()).encode())
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -1194,9 +1191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    finally:
-        if run:
-            (run.out / "lock").unlink(missing_ok=True)
     return 0
 
 

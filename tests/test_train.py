@@ -353,7 +353,7 @@ def known(measured):
 
 
 def test_a_run_leaves_its_files_and_says_what_it_did(smoke):
-    assert {p.name for p in smoke.iterdir()} == {"config.json", "checkpoint.pt", "log.csv", "metrics.json",
+    assert {p.name for p in smoke.iterdir()} == {"config.json", "checkpoint.pt", "lock", "log.csv", "metrics.json",
                                                  "report.html", "stickers"}
     printed = (smoke.parent / "printed.txt").read_text()
     for stage in train.STAGES:
@@ -474,7 +474,6 @@ def test_interrupts_save_and_say_how_to_go_on_and_a_hostile_folder_harms_nothing
         at = (stage, step + 1) if stage != "evaluation" else ("reward", 2)
         assert (saved["stage"], saved["step"]) == at
         assert saved["done"] == list(train.STAGES)[:list(train.STAGES).index(stage)]
-        assert not (out / "lock").exists()
         arguments = ["--resume", "--out", out]
         if data.exists() and stage == "text":
             moved.parent.mkdir()
@@ -608,7 +607,7 @@ def test_a_finished_run_is_not_touched(smoke, capsys, arguments):
     assert main(*arguments, "--out", smoke) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "this run is finished; choose another" in errors
-    assert digest(smoke) == before and not (smoke / "lock").exists()
+    assert digest(smoke) == before
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -632,7 +631,7 @@ def test_what_equals_the_run_that_is_there_goes_on(spare, capsys, no_end, argume
     assert errors == "" and "skipped" in printed and "reward " not in printed
     model = read_checkpoint(spare.out / "checkpoint.pt")["model"]
     assert all(torch.equal(x, model[name]) for name, x in trained.items())
-    assert (spare.out / "metrics.json").exists() and not (spare.out / "lock").exists()
+    assert (spare.out / "metrics.json").exists()
 
 
 def test_data_that_changed_since_is_noticed(spare, capsys):
@@ -739,21 +738,33 @@ def test_of_processes_that_claim_a_new_folder_together_one_gets_it(tmp_path):
 
 
 def test_a_folder_belongs_to_the_process_that_trains_in_it_until_it_ends(spare, capsys):
-    child = subprocess.Popen(["sleep", "60"])
     undo_the_end(spare)
     before = digest(spare.out)
-    (spare.out / "lock").write_text(str(child.pid))
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        train.lock(spare.out)
+        os.write(writer, b"mine")
+        time.sleep(600)
+    assert os.read(reader, 4) == b"mine"
     assert main("--resume", "--out", spare.out) == 2
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and f"process {child.pid} trains in it" in errors
-    assert digest(spare.out) == before and (spare.out / "lock").read_text() == str(child.pid)
-    child.kill()
-    child.wait()
-    for stale in (str(child.pid), "", "nonsense", str(2**70)):
-        (spare.out / "lock").write_text(stale)
-        train.lock(spare.out)
-        assert (spare.out / "lock").read_text() == str(os.getpid()), stale
+    assert errors.count("\n") == 1 and f"--out {spare.out}: process {child} trains in it" in errors
+    assert digest(spare.out) == before
+    os.kill(child, signal.SIGKILL)  # it has no chance to tidy up
+    os.waitpid(child, 0)
+    train.lock(spare.out)
+    assert (spare.out / "lock").read_text() == str(os.getpid())
     train.lock(spare.out)  # one's own is no obstacle
+
+
+def test_a_lock_that_is_left_is_given_to_one_of_those_who_come_together(tmp_path):
+    def claim(k):
+        train.lock(tmp_path)
+        time.sleep(0.2)
+        return "mine"
+    for left in ("", "7", "123456789012345678901234", "nonsense"):
+        (tmp_path / "lock").write_text(left)
+        assert together(3, claim).count("mine") == 1
 
 
 # ---- the machine
@@ -881,7 +892,6 @@ ODD_MACHINE = """if True:
 def test_a_run_ends_where_nothing_can_be_shown_or_measured(spare, monkeypatch, output):
     """A terminal that knows ASCII alone, a reader that has gone away (`| head`), no `resource`."""
     undo_the_end(spare)
-    (spare.out / "lock").unlink()
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     process = spawn("-c", ODD_MACHINE, str(spare.out), cwd=ROOT)
     if output == "closed":
