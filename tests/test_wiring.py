@@ -1283,10 +1283,11 @@ def test_training_steps_never_look_at_a_number(run, monkeypatch, stage):
 # ---- data without any structure: all is chance
 
 def test_where_nothing_is_to_be_found_nothing_is_found(noise):
-    """Noise for pictures, random words, prompts and likes, twice. Each measure whose chance level is 1/2 has it in
-    its interval; since there are 60 intervals of 95 %: nine tenths have, and all within twice the half-width.
-    The generators are trained briefly: texts learnt by heart fit their prompts in the judge's eyes, who has
-    learnt half of them, too."""
+    """Noise for pictures, random words, prompts and likes, twice. Each measure whose chance level
+    is 1/2 has it in its interval; since there are 60 intervals of 95 %: nine tenths have, and all
+    within twice the half-width. The generators are trained briefly: texts learnt by heart fit their
+    prompts in the judge's eyes, who has learnt half of them, too. The judge is not: it would know
+    the real items that it has learnt from."""
     inside, far = [], {}
     for n, run in enumerate(noise):
         found = json.loads((run / "metrics.json").read_text())["generation"]
