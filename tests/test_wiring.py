@@ -1,5 +1,6 @@
-"""train.py's wiring: what each stage and each measure may see, by spies on a tiny run that is not trained; slow
-versions of what is measured; and a whole run on data without any structure, where all is chance."""
+"""train.py's wiring: what each stage and each measure may see, by spies on a tiny run that is not
+trained; slow versions of what is drawn and of what is measured; and whole runs on data without any
+structure, where all is chance."""
 import copy
 import hashlib
 import json
@@ -105,6 +106,11 @@ def items_in(run, pictures):
     return [known[x.tobytes()] for x in pictures.numpy()]
 
 
+def as_in_the_catalogue(run, variant, user, item, generator):
+    """What is made for users and the prompts of items are the items themselves."""
+    return train.contents(run, item)
+
+
 def mark_texts(run):
     """From now on each item's text is a token that says which item it is."""
     run.tokens = torch.zeros(120, 40, dtype=torch.int64)
@@ -115,6 +121,134 @@ def mark_texts(run):
 def hashes(module):
     """A hash of every tensor."""
     return {name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in module.state_dict().items()}
+
+
+# ---- settings and stickers
+
+@pytest.mark.parametrize("name, least, most", [
+    ("items", 20, None), ("users", 4, None), ("referee_pictures", 16, None), ("pairs", 20, None),
+    ("samples", 2, None), ("interactions", 10, 15), ("new_users", 0, 0.5), ("best_of", 1, None)])
+def test_settings_may_be_the_least_and_the_most_that_works_but_nothing_beyond(name, least, most):
+    """Of 30 stickers half may be liked; ten likes need 20 stickers."""
+    begin = dict(items=30, interactions=10)
+    for value in {least, least if most is None else most}:
+        assert getattr(train.TrainConfig(**begin | {name: value}), name) == value
+    for value in {least - 1, least - 1 if most is None else most + 1}:
+        with pytest.raises(ValueError, match="need a finite"):
+            train.TrainConfig(**begin | {name: value})
+
+
+def test_a_ring_of_corners_takes_the_radii_in_turn_from_the_top_clockwise():
+    corners = train._ring(2, 1, n=4, x=10, y=20)
+    assert_close(corners, np.array([[10, 18], [11, 20], [10, 22], [9, 20.0]]))
+
+
+def edges_of(corners):
+    """Pairs of neighbouring corners of a polygon."""
+    return list(zip(corners, np.roll(corners, -1, 0)))
+
+
+def inside(x, y, corners):
+    """Which points are within? A ray to the right crosses the edges an odd number of times."""
+    odd = np.zeros(len(x), bool)
+    for (x1, y1), (x2, y2) in edges_of(corners):
+        if y1 != y2:
+            odd ^= ((y1 > y) != (y2 > y)) & (x < x1 + (x2 - x1) * (y - y1) / (y2 - y1))
+    return odd
+
+
+def gap(x, y, start, end):
+    """Distance of points from a line between two others."""
+    (x1, y1), (dx, dy) = start, end - start
+    along = np.clip(((x - x1) * dx + (y - y1) * dy) / (dx * dx + dy * dy), 0, 1)
+    return np.hypot(x - x1 - along * dx, y - y1 - along * dy)
+
+
+def slow_sticker(value, x, y, centre, radius):
+    """What is seen at points of a sticker of 32 x 32 pixels, (n, 3): a sky, before it a rim of 1.4
+    pixels around each shape, before that the shapes, whose patterns repeat after 6 pixels."""
+    top, bottom = np.array(train.SKY[value["setting"]])
+    seen, paint = top + (bottom - top) * y[:, None] / 32, np.array(train.PAINT[value["colour"]])
+    shapes = [centre + radius * np.array(corners) for corners in train.SHAPES[value["subject"]]]
+    edges = [edge for corners in shapes for edge in edges_of(corners)]
+    seen[np.any([gap(x, y, *edge) < 1.4 for edge in edges], 0)] = 255
+    body = np.any([inside(x, y, corners) for corners in shapes], 0)
+    seen[body] = paint
+    x, y = x - centre[0], y - centre[1]
+    for row in range(-4, 5):
+        here = body & (6 * row <= y) & (y < 6 * row + 6)
+        if value["pattern"] == "stripes":
+            seen[here & (y - 6 * row < 2.6)] = 0.35 * paint
+        for column in range(-4, 5) if value["pattern"] == "dots" else ():
+            middle = 6 * column + (3 if row % 2 == 0 else 0)  # every other row is shifted
+            seen[here & (np.hypot(x - middle, y - 6 * row - 3) < 1.7)] = 255
+    return seen
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_a_sticker_is_what_its_values_say_point_by_point(n):
+    """Each pixel is the mean of 16 points. Pillow rounds the corners of what it draws, so some
+    pixels at the edges differ; three of four are right."""
+    value = dict(subject=train.SUBJECTS[n], setting=train.SETTINGS[n % 4],
+                 colour=list(train.PAINT)[n % 6], pattern=("dots", "stripes", "plain")[n % 3])
+    picture = np.array(train.draw_sticker(value, np.random.default_rng(n)))
+    chance = np.random.default_rng(n)
+    centre, radius = 16 + chance.uniform(-2, 2, 2), 12 * chance.uniform(0.9, 1.05)
+    y, x = (z.ravel() / 4 for z in np.mgrid[:128, :128])
+    wanted = slow_sticker(value, x, y, centre, radius).reshape(32, 4, 32, 4, 3).mean((1, 3))
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    off = np.abs(picture - wanted).max(2)
+    assert np.quantile(off, 0.75) < 1.5 and off.mean() < 8
+
+
+def test_stickers_that_were_half_written_are_written_again_to_the_bit(tmp_path):
+    world = train.sticker_world(train.TrainConfig(items=20, users=4, interactions=10), 0)
+    written = []
+    for _ in range(2):
+        train.write_stickers(tmp_path, world, 0)
+        files = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        assert len(files) == 22
+        written.append(files)
+        (tmp_path / "interactions.csv").unlink()
+        (tmp_path / "images" / "s0003.png").write_bytes(b"half")
+    assert written[0] == written[1]
+
+
+class Net(nn.Module):
+    """Says what it is told to, and remembers what it is shown."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.shown = answer, []
+
+    def forward(self, x):
+        self.shown.append(x)
+        return self.answer
+
+
+def test_the_referee_learns_all_that_is_seen_from_pictures_with_a_little_noise():
+    referee, chance = train.Referee(), rng()
+    pictures = torch.rand(50, 3, 32, 32, generator=chance)
+    logits = torch.randn(50, 8 + 4 + 6 + 3, generator=chance)
+    values = torch.stack([torch.arange(50) % n for n in (8, 4, 6, 3)], 1)
+    referee.net = Net(logits)
+    loss, slow = referee.loss(pictures, values, rng(1)), 0.0
+    for row, truth in zip(logits.double(), values.tolist()):
+        for start, size, value in zip((0, 8, 12, 18), (8, 4, 6, 3), truth):
+            p = row[start:start + size].exp()
+            slow -= float((p[value] / p.sum()).log()) / 50
+    assert float(loss) == pytest.approx(slow, rel=1e-5)
+    noise = (referee.net.shown[0] - pictures).flatten(1)
+    size = noise.std(1)  # of each picture
+    assert size.max() < 0.105 and size.max() > 0.08 and size.min() < 0.02
+    assert noise.mean().abs() < 5 * 0.06 / math.sqrt(noise.numel())
+    assert torch.equal(referee.loss(pictures, values, rng(1)), loss)
+    referee.net = Net(logits[:2])
+    read = referee.read(torch.rand(2, 3, 64, 64))
+    assert referee.net.shown[0].shape == (2, 3, 32, 32)
+    for row, told in zip(logits[:2].tolist(), read.tolist()):
+        parts = [row[a:a + n] for a, n in zip((0, 8, 12, 18), (8, 4, 6, 3))]
+        assert told == [part.index(max(part)) for part in parts]
 
 
 # ---- what a run begins with
@@ -484,28 +618,31 @@ def test_a_batch_is_no_larger_than_its_half_and_256_others_are_enough(run, monke
     assert [len(x) for x, *_ in seen] == [len(run.learns["judge"])] and [len(x) for x, *_ in looked] == [256]
 
 
-def test_the_referee_learns_from_freshly_drawn_stickers_and_is_asked_about_others(run, monkeypatch):
+def test_the_referee_learns_from_fresh_stickers_and_is_tried_on_others(run, monkeypatch, tmp_path):
+    """World, its pictures, what is learnt and what is asked: each of chance of its own."""
     at_stage(run, "referee")
-    run.train = replace(run.train, referee_pictures=40, referee_steps=8)
+    run.train = replace(run.train, referee_pictures=16, referee_steps=3)
     drawn, original = [], train.draw_batch
+    seeds = recorded(monkeypatch, np.random, "default_rng")
+    world = train.sticker_world(train.TrainConfig(items=20, users=4, interactions=10), 0)
+    train.write_stickers(tmp_path, world, 0)
 
     def draw_batch(n, chance):
-        start = copy.deepcopy(chance).integers(2**62)
-        drawn.append((n, start, original(min(n, 80), chance)))
-        return drawn[-1][2]
+        drawn.append((n, original(min(n, 30), chance)))
+        return drawn[-1][1]
     monkeypatch.setattr(train, "draw_batch", draw_batch)
     seen, fits = recorded(monkeypatch, run.modules["referee"], "loss"), recorded(monkeypatch, train, "fit")
     made = recorded(monkeypatch, train, "adamw")
     train.train_referee(run)
-    (n, start, (pictures, values)), (n_asked, asked, (others, truth)) = drawn
-    assert (n, n_asked) == (40, 1000) and not set(map(bytes, others.numpy())) & set(map(bytes, pictures.numpy()))
-    used = {int(np.random.default_rng([0, k]).integers(2**62)) for k in (1, 2)}  # of the world, of its pictures
-    assert len(used | {int(start), int(asked)}) == 4
+    (n, (pictures, values)), (n_asked, (others, truth)) = drawn
+    assert (n, n_asked) == (16, 1000) and not set(map(bytes, others.numpy())) & set(map(bytes, pictures.numpy()))
+    assert len(seeds) == 4 == len({tuple(seed) for seed, in seeds})
+    assert all(seed[0] == run.cfg.method.seed for seed, in seeds)
     known = {bytes(x): n for n, x in enumerate(pictures.numpy())}
     rows = [[known[bytes(x)] for x in batch.numpy()] for batch, *_ in seen]
-    assert set(sum(rows, [])) == set(range(40)) and all(len(row) == 64 for row in rows)
+    assert set(sum(rows, [])) == set(range(16)) and all(len(row) == 64 for row in rows)
     assert all(torch.equal(told, values[row]) for (_, told, _), row in zip(seen, rows))
-    assert fits[0][2] == 8 and made == [(run.modules["referee"], 2e-3)]
+    assert fits[0][2] == 3 and made == [(run.modules["referee"], 2e-3)]
     right = (run.modules["referee"].read(others) == truth).double().mean(0).tolist()
     assert run.metrics["referee"] == dict(zip(SEEN, right))
 
@@ -612,11 +749,12 @@ def test_rewards_large_gradients_are_not_cut(run, monkeypatch):
 def test_watching_looks_at_validation_pairs_and_tastes_alone(run, monkeypatch):
     at_stage(run, "reward").step = 7
     made = recorded(monkeypatch, train, "make", lambda run, variant, pairs, generator: pairs)
+    drawn = recorded(monkeypatch, train, "draw_pairs")
     values = {"copied": torch.ones(3), "x": torch.tensor([1, math.nan, 2]), "y": torch.tensor([0.0, 0.5])}
     measured = recorded(monkeypatch, train, "measures", lambda *_: values)
     train.watch(run)
     (_, variant, pairs, generator), = made
-    assert variant == "after_reward" and len(pairs.user) == 44
+    assert variant == "after_reward" and len(pairs.user) == 44 and drawn == [(run, VALID, 96)]
     assert set(zip(pairs.user.tolist(), pairs.item.tolist())) <= pairs_of(run, VALID)
     (_, shown, likes), = measured
     assert shown is pairs and set(zip(*likes.tolist())) == pairs_of(run, VALID)
@@ -1083,6 +1221,7 @@ def test_a_variant_is_measured_on_test_pairs_with_users_as_clusters(run, monkeyp
 def test_all_variants_get_the_same_pairs_and_users_and_the_same_chance(run, monkeypatch):
     made = recorded(monkeypatch, train, "make")
     many = recorded(monkeypatch, train, "many_samples")
+    monkeypatch.setattr(train, "make_for", as_in_the_catalogue)
     for variant in ("before_reward", "after_reward"):
         train.evaluate_variant(run, variant)
     assert all(torch.equal(a, b) for a, b in zip(made[0][2], made[1][2])) and torch.equal(many[0][2], many[1][2])
@@ -1186,7 +1325,7 @@ def test_new_people_are_folded_in_from_their_first_items(run, monkeypatch, known
     run.world = run.world if known else None
     folded = recorded(monkeypatch, run.model.gnn, "fold_in")
     ranked, before = recorded(monkeypatch, train, "rank"), copy.deepcopy(run.model.modality)
-    asked = recorded(monkeypatch, train, "make_for")
+    asked = recorded(monkeypatch, train, "make_for", as_in_the_catalogue)
     found = train.evaluate_new_users(run)
     new = run.new["test"][0].unique().tolist()
     assert list(found) == ["1", "2", "5", "10", "whole history", "in training"]
@@ -1233,7 +1372,7 @@ def test_each_new_persons_quality_is_of_the_tokens_of_that_history(run, monkeypa
 
 
 def test_of_many_new_pairs_some_are_enough_and_nobody_new_is_no_error(run, monkeypatch):
-    asked = recorded(monkeypatch, train, "make_for", lambda run, variant, user, item, _: train.contents(run, item))
+    asked = recorded(monkeypatch, train, "make_for", as_in_the_catalogue)
     run.train = replace(run.train)
     object.__setattr__(run.train, "pairs", 3)
     train.evaluate_new_users(run)
