@@ -253,6 +253,28 @@ def test_the_referee_learns_all_that_is_seen_from_pictures_with_a_little_noise()
 
 # ---- what a run begins with
 
+def test_a_run_begins_with_nothing_done(begun):
+    assert (begun.done, begun.stage, begun.step, begun.log, begun.metrics) == ([], "", 0, [], {})
+    assert not begun.busy and not begun.interrupted and begun.optimizer_state is None
+
+
+@pytest.mark.parametrize("users, items, enough", [(3, 4, True), (2, 4, False), (3, 3, False)])
+def test_three_users_and_four_items_are_enough_but_no_fewer(begun, users, items, enough):
+    """Users to test on, items to learn from."""
+    def few(data):
+        first = torch.stack([data.user == u for u in range(users)]).any(0)
+        data.part[(data.part == TEST) & ~first] = NEW
+        learnt = torch.stack([data.item == i for i in begun.seen[:items]]).any(0)
+        data.part[(data.part == TRAIN) & ~learnt] = NEW
+    begun = copy.copy(begun)
+    begun.train = replace(begun.train, new_users=0)
+    if enough:
+        assert len(another(begun, few).seen) == 4
+        return
+    with pytest.raises(ValueError, match="need more interactions"):
+        another(begun, few)
+
+
 def test_the_parts_of_the_tiny_run_are_all_there(begun):
     assert [len(pairs_of(begun, part)) for part in (TRAIN, VALID, TEST, NEW)] == [352, 44, 44, 40]
     assert 4 < len(begun.seen) < 120 and len(begun.users) == 22
@@ -347,6 +369,57 @@ def test_how_the_data_is_split_does_not_depend_on_the_device(begun, monkeypatch)
     made.clear()
     run.generator("gnn")
     assert [str(args[0]) for args in made] == ["cpu:0"]
+
+
+# ---- the stages: one after the other
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_stages_run_in_turn_and_each_is_saved_and_told(run, monkeypatch, capsys, resumed):
+    """From the first step on. Of a run that goes on, what is done is left out, and a stage that was
+    begun keeps its step."""
+    seen, saved = [], []
+
+    def stage(run):
+        seen.append((run.stage, run.step, run.optimizer_state))
+        run.step, run.optimizer_state = 7, "of this stage"
+        return f"merit of {run.stage}"
+
+    def save():
+        saved.append((run.stage, list(run.done)))
+        run.seconds[run.stage] = [2.5, 1]
+    monkeypatch.setattr(run, "save", save)
+    for name in ("gnn", "text", "judge"):
+        monkeypatch.setitem(train.STAGES, name, stage)
+    run.done, run.stage, run.step, run.optimizer_state, run.clock = [], "", 0, None, 0
+    if resumed:
+        run.done, run.stage, run.step, run.optimizer_state = ["gnn"], "text", 3, "half-way"
+    train.train_all(run, ("gnn", "text", "judge"))
+    first = [] if resumed else [("gnn", 0, None)]
+    second = ("text", 3, "half-way") if resumed else ("text", 0, None)
+    assert seen == [*first, second, ("judge", 0, None)]
+    assert run.done == ["gnn", "text", "judge"] and np.abs(run.clock - train.clocks()).max() < 60
+    assert saved == [(name, run.done[:run.done.index(name) + 1]) for name, *_ in seen]
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert told == [[name, "2.5", "s", "merit", "of", name] for name, *_ in seen]
+
+
+def test_weight_decay_is_for_matrices_and_kernels_alone(begun):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4))
+    optimizer = train.adamw(net, 0.02, 0.3)
+    found = {id(p): (group["weight_decay"], group["lr"], group["fused"])
+             for group in optimizer.param_groups for p in group["params"]}
+    assert found == {id(p): (0.3 if p.ndim > 1 else 0, 0.02, True) for p in net.parameters()}
+
+
+def test_a_run_is_busy_in_the_steps_of_a_stage_and_at_no_other_time(run):
+    net, busy = nn.Linear(2, 2), []
+
+    def losses(_):
+        busy.append(run.busy)
+        return {"loss": net.weight.sum()}
+    after = lambda step: busy.append(run.busy)
+    train.fit(at_stage(run, "gnn"), train.adamw(net, 0.1), 3, losses, after=after)
+    assert busy == [True] * 6 and not run.busy
 
 
 # ---- the stages: what they see
