@@ -453,6 +453,15 @@ def test_a_perfect_autoencoder_is_no_division_by_zero(run, monkeypatch):
     assert "PSNR 126.0 dB" in train.train_autoencoder(run)
 
 
+def test_the_autoencoder_is_tried_on_no_more_than_512_pictures(run, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_: None)
+    monkeypatch.setattr(run.model.autoencoder, "standardize", lambda latents: None)
+    looked = recorded(monkeypatch, train, "in_batches", lambda function, x: x)
+    run.seen = run.seen.repeat(6)
+    train.train_autoencoder(at_stage(run, "autoencoder"))
+    assert len(run.seen) > 513 and len(looked[-1][1]) == 512
+
+
 def test_features_are_fitted_to_the_items_of_training_and_given_to_all(run, monkeypatch):
     latents = train.latents_of(run)
     fitted = {m: recorded(monkeypatch, getattr(run.model, f"{m}_features"), "fit") for m in MODALITIES}
