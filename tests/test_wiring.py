@@ -201,6 +201,18 @@ def test_a_sticker_is_what_its_values_say_point_by_point(n):
     assert np.quantile(off, 0.75) < 1.5 and off.mean() < 8
 
 
+def test_users_like_a_long_shot_as_often_as_in_numpys_own_draws():
+    """In proportion to the product of their tastes: of ten likes, some are beyond the best twenty."""
+    world = train.sticker_world(train.TrainConfig(items=100, users=400, interactions=10), 0)
+    tastes = [world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)]
+    p, chance = np.prod(tastes, axis=0), np.random.default_rng(9)  # (U, I)
+    slow = np.stack([chance.choice(100, 10, replace=False, p=row / row.sum()) for row in p])
+    place = np.argsort(np.argsort(-p, axis=1), axis=1)
+    found, wanted = (int((np.take_along_axis(place, liked, 1) >= 20).sum())
+                     for liked in (world.liked, slow))
+    assert wanted > 200 and abs(found - wanted) < 5 * math.sqrt(found + wanted)
+
+
 def test_stickers_that_were_half_written_are_written_again_to_the_bit(tmp_path):
     world = train.sticker_world(train.TrainConfig(items=20, users=4, interactions=10), 0)
     written = []
