@@ -202,7 +202,7 @@ def test_a_sticker_is_what_its_values_say_point_by_point(n):
 
 
 def test_users_like_a_long_shot_as_often_as_in_numpys_own_draws():
-    """In proportion to the product of their tastes: of ten likes, some are beyond the best twenty."""
+    """In proportion to the product of their tastes: of ten likes some are none of the best 20."""
     world = train.sticker_world(train.TrainConfig(items=100, users=400, interactions=10), 0)
     tastes = [world.tastes[a][:, world.items[:, k]] for k, a in enumerate(ATTRIBUTES)]
     p, chance = np.prod(tastes, axis=0), np.random.default_rng(9)  # (U, I)
@@ -729,7 +729,8 @@ def test_the_referee_learns_from_fresh_stickers_and_is_tried_on_others(run, monk
     made = recorded(monkeypatch, train, "adamw")
     train.train_referee(run)
     (n, (pictures, values)), (n_asked, (others, truth)) = drawn
-    assert (n, n_asked) == (16, 1000) and not set(map(bytes, others.numpy())) & set(map(bytes, pictures.numpy()))
+    assert (n, n_asked) == (16, 1000)
+    assert not set(map(bytes, others.numpy())) & set(map(bytes, pictures.numpy()))
     assert len(seeds) == 4 == len({tuple(seed) for seed, in seeds})
     assert all(seed[0] == run.cfg.method.seed for seed, in seeds)
     known = {bytes(x): n for n, x in enumerate(pictures.numpy())}
