@@ -1,5 +1,6 @@
 """The modules lie at the top of the repository; all tests run on the CPU, offline, with fixed seeds."""
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def settings_read_once():
 def begun_early(request):
     """The runs that some test waits for, begun in the background before the first test."""
     asked = {name for item in request.session.items for name in item.fixturenames}
-    for name in ("smoke_process", "noise_process"):
+    for name in ("smoke_process", "noise_process", "coursework_process"):
         if name in asked:
             request.getfixturevalue(name)
 
@@ -179,3 +180,29 @@ def noise(noise_process):
     """The folders of the runs on noise, finished."""
     folder = finished(*noise_process)
     return [folder / "run-0", folder / "run-1"]
+
+
+GRADE_AND_PROVE = """if True:
+    import sys, coursework
+    then = sys.argv.index("then")
+    first, second = sys.argv[1:then], sys.argv[then + 1:]
+    sys.exit(coursework.main(first) or coursework.main(second))"""
+
+
+@pytest.fixture(scope="session")
+def coursework_process(tmp_path_factory):
+    """A class of two that is graded, and the proof of the graders, begun in one process, which forks:
+    its folder and process."""
+    import coursework
+    folder = tmp_path_factory.mktemp("coursework")
+    for name in ("ada", "bob"):
+        assert coursework.main(["handout", str(folder / "class" / name), "--kind", "predict"]) == 0
+    answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
+    (folder / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
+    files = {name: str(folder / name) for name in ("grades.json", "grades.xml", "proof.json")}
+    grade = ["grade", str(folder / "class"), "--json", files["grades.json"],
+             "--junit", files["grades.xml"]]
+    process = spawn("-c", GRADE_AND_PROVE, *grade, "then", "prove", "--json", files["proof.json"],
+                    cwd=ROOT / "tests")
+    yield folder, process
+    process.kill()

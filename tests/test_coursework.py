@@ -5,31 +5,13 @@ from xml.etree import ElementTree
 
 import coursework
 import pytest
-from conftest import PATIENCE, ROOT, spawn
-
-
-BOTH = """if True:
-    import sys, coursework
-    then = sys.argv.index("then")
-    first, second = sys.argv[1:then], sys.argv[then + 1:]
-    sys.exit(coursework.main(first) or coursework.main(second))"""
+from conftest import PATIENCE
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """A folder: a class of two, graded, then the proof's figures. In one process of its own, which
-    forks; what it printed."""
-    folder = tmp_path_factory.mktemp("coursework")
-    for name in ("ada", "bob"):
-        handout = ["handout", str(folder / "class" / name), "--kind", "predict"]
-        assert coursework.main(handout) == 0
-    answers = {"nucleus_size": 3, "group_of_two": -3, "many_layers": {}}
-    (folder / "class" / "bob" / "answers.json").write_text(json.dumps(answers))
-    files = {name: str(folder / name) for name in ("grades.json", "grades.xml", "proof.json")}
-    grade = ["grade", str(folder / "class"), "--json", files["grades.json"],
-             "--junit", files["grades.xml"]]
-    process = spawn("-c", BOTH, *grade, "then", "prove", "--json", files["proof.json"],
-                    cwd=ROOT / "tests")
+def forked(coursework_process):
+    """A folder: a class of two, graded, then the proof's figures; and what was printed."""
+    folder, process = coursework_process
     printed, errors = process.communicate(timeout=PATIENCE)
     return folder, printed + errors
 

@@ -694,11 +694,12 @@ def test_another_runs_checkpoint_is_refused(smoke, tmp_path, capsys, flags):
 
 def together(n, work):
     """What work(k) says, in n processes that begin it at the same moment."""
-    (wait, go), readers = os.pipe(), []
+    (wait, go), readers, children = os.pipe(), [], []
     for k in range(n):
         reader, writer = os.pipe()
         readers.append(reader)
-        if os.fork() == 0:
+        children.append(os.fork())
+        if children[-1] == 0:
             os.close(go)
             os.read(wait, 1)  # until the last writer of it is closed
             try:
@@ -711,8 +712,8 @@ def together(n, work):
         os.close(writer)
     os.close(wait), os.close(go)
     said = [os.fdopen(reader).read() for reader in readers]
-    for _ in readers:
-        os.wait()
+    for child in children:  # not just any, for others may run in the background
+        os.waitpid(child, 0)
     return said
 
 
