@@ -36,10 +36,10 @@ def settings_read_once():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun_early(request):
+def begun_early(request, one_thread, settings_read_once):
     """The runs that some test waits for, begun in the background before the first test."""
     asked = {name for item in request.session.items for name in item.fixturenames}
-    for name in ("smoke_process", "noise_process", "coursework_process"):
+    for name in ("smoke_process", "noise_process", "coursework_process", "demo_process"):
         if name in asked:
             request.getfixturevalue(name)
 
@@ -205,4 +205,20 @@ def coursework_process(tmp_path_factory):
     process = spawn("-c", GRADE_AND_PROVE, *grade, "then", "prove", "--json", files["proof.json"],
                     cwd=ROOT / "tests")
     yield folder, process
+    process.kill()
+
+
+def show_parts() -> None:
+    """All demonstrations, and what each returns."""
+    import demo
+    for part in ("gnn", "vq", "reward", "generators"):
+        print(f"§ {part}")
+        print(f"§ {getattr(demo, part)()}")
+
+
+@pytest.fixture(scope="session")
+def demo_process(tmp_path_factory):
+    """The parts that show themselves, begun."""
+    process = Fork(show_parts, tmp_path_factory.mktemp("demo"))
+    yield process
     process.kill()
