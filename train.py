@@ -68,7 +68,7 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # between two checkpoints within a stage
 
     def __post_init__(self):
-        least = dict(items=16, users=4, referee_pictures=16, pairs=20, samples=2)
+        least = dict(items=16, users=6, referee_pictures=16, pairs=20, samples=2)
         limits = {f"train.{name}": (low, math.inf) for name, low in least.items()}
         limits |= {"train.interactions": (10, self.items // 2), "train.new_users": (0, 0.5)}
         check_limits("train", self, limits)

@@ -525,7 +525,7 @@ def test_runs_that_differ_are_told_apart(smoke, tmp_path):
     (["--gnn-lrr", "1"], "unknown flag --gnn-lrr: known are --gnn-lr"),
     (["--gnn-lr", "nan"], "--gnn-lr nan: need a finite float >= 0"),
     (["--image-size", "33"], "--image-size 33: need a multiple of 8"),
-    (["--items", "1"], "--items 1: need a finite int >= 16"), (["--users", "3"], "--users 3: need"),
+    (["--items", "1"], "--items 1: need a finite int >= 16"), (["--users", "5"], "--users 5: need"),
     (["--pairs", "2"], "--pairs 2: need a finite int >= 20"), (["--samples", "1"], "--samples 1: need"),
     (["--referee-pictures", "3"], "--referee-pictures 3: need a finite int >= 16"),
     (["--interactions", "9"], "--interactions 9: need a finite int >= 10 and <= 80"),
@@ -806,7 +806,13 @@ def test_a_full_disk_does_not_harm_the_report(run, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.html"] and (tmp_path / "report.html").read_text() == "the old one"
 
 
-TINY = ["--items", "24", "--users", "5", "--interactions", "10"]
+TINY = ["--items", "24", "--users", "6", "--interactions", "10"]
+
+
+def test_the_least_that_the_settings_allow_is_enough_for_a_run(tmp_path):
+    flags = ["--smoke", "--items", "20", "--users", "6", "--interactions", "10", "--new-users", "0.5"]
+    run = train.open_run(*train.parse_arguments([*flags, "--out", str(tmp_path / "run")]))
+    assert len(run.users) == 3 and run.new["test"].shape[1] == 3
 
 
 @pytest.mark.parametrize("name", ["config.json", "s0007.png", "items.csv", "interactions.csv"])

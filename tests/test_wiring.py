@@ -126,7 +126,7 @@ def hashes(module):
 # ---- settings and stickers
 
 @pytest.mark.parametrize("name, least, most", [
-    ("items", 20, None), ("users", 4, None), ("referee_pictures", 16, None), ("pairs", 20, None),
+    ("items", 20, None), ("users", 6, None), ("referee_pictures", 16, None), ("pairs", 20, None),
     ("samples", 2, None), ("interactions", 10, 15), ("new_users", 0, 0.5), ("best_of", 1, None)])
 def test_settings_may_be_the_least_and_the_most_that_works_but_nothing_beyond(name, least, most):
     """Of 30 stickers half may be liked; ten likes need 20 stickers."""
@@ -214,7 +214,7 @@ def test_users_like_a_long_shot_as_often_as_in_numpys_own_draws():
 
 
 def test_stickers_that_were_half_written_are_written_again_to_the_bit(tmp_path):
-    world = train.sticker_world(train.TrainConfig(items=20, users=4, interactions=10), 0)
+    world = train.sticker_world(train.TrainConfig(items=20, users=6, interactions=10), 0)
     written = []
     for _ in range(2):
         train.write_stickers(tmp_path, world, 0)
@@ -718,7 +718,7 @@ def test_the_referee_learns_from_fresh_stickers_and_is_tried_on_others(run, monk
     run.train = replace(run.train, referee_pictures=16, referee_steps=3)
     drawn, original = [], train.draw_batch
     seeds = recorded(monkeypatch, np.random, "default_rng")
-    world = train.sticker_world(train.TrainConfig(items=20, users=4, interactions=10), 0)
+    world = train.sticker_world(train.TrainConfig(items=20, users=6, interactions=10), 0)
     train.write_stickers(tmp_path, world, 0)
 
     def draw_batch(n, chance):
