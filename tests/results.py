@@ -16,9 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FILE = HERE / "results.json"
 DOCUMENTS = (HERE.parent / "README.md", HERE / "RESULTS.md")
-SHORT = ("consistency consistency_repaired utility taste variety swap judge_consistency "
-         "judge_consistency_repaired judge_swap judge_variety").split()
+SHORT = "consistency consistency_repaired utility taste variety judge_consistency judge_swap".split()
 STUDIED = "consistency consistency_repaired utility taste variety swap nearness prompt".split()
+JUDGED = "consistency consistency_repaired swap variety prompt".split()  # where tastes are not known
 
 
 def rounded(value):
@@ -36,8 +36,10 @@ def read_run(folder: Path) -> dict:
         study = json.loads((folder / "study.json").read_text())
         keep = "row people training_seconds pair_seconds measures".split()
         study["rows"] = [{name: row[name] for name in keep} for row in study["rows"]]
+        exact = any("utility" in row["measures"] for row in study["rows"])
+        names = STUDIED if exact else [*(f"judge_{name}" for name in JUDGED), "nearness"]
         for row in study["rows"]:
-            row["measures"] = {name: row["measures"].get(name) for name in STUDIED}
+            row["measures"] = {name: row["measures"].get(name) for name in names}
         return rounded({name: study[name] for name in ("machine", "seeds", "rows", "claims")})
     machine = json.loads((folder / "config.json").read_text())["machine"]
     return {"machine": machine} | rounded(json.loads((folder / "metrics.json").read_text()))
@@ -167,10 +169,11 @@ def near(found: dict | None) -> str:
 
 def rivals(studies: list[dict]) -> str:
     """The rows of a study, people in training above those folded in."""
-    rows = [[row["row"], row["people"], *(near(row["measures"][name]) for name in STUDIED),
+    names = list(studies[0]["rows"][0]["measures"])
+    rows = [[row["row"], row["people"], *(near(row["measures"][name]) for name in names),
              f"{row['training_seconds'] or 0:.0f}", f"{row['pair_seconds'] or 0:.3f}"]
             for people in ("training", "new") for row in studies[0]["rows"] if row["people"] == people]
-    return markdown(["row", "people", *STUDIED, "training s", "s a pair"], rows)
+    return markdown(["row", "people", *names, "training s", "s a pair"], rows)
 
 
 def verdicts(studies: list[dict]) -> str:
