@@ -9,10 +9,11 @@
     repeat:                                                # reward.py: make the two agree
         x, y  = several images and texts for one (user, prompt)
         R     = lambda_c cos(x, y) + lambda_p (p_image . W f(x) + p_text . W f(y))
-        ascend E[R] by (R - mean of the others) grad log p(x), log p(y) in the embeddings of k_m
-        alone, less kl_text KL[p(y) || p(y) at the start]  #  so that texts please people, too
+        ascend E[R] by (R - mean of the others) grad log p(x), log p(y), in the table rows alone
+        that k_m picks, less kl_m KL[p_m || p_m at the start]    # so that nothing drifts away
     a new user's p_m: the history's items, propagated once # fold_in
 
+DEVIATION n marks what we chose and the paper does not say; the ledger: tests/RESULTS.md.
 This file: the settings (Config), the method wired together (DPPMG), the data folder (Dataset), and
     python dppmg.py RUN --user U --prompt "fish"
 
@@ -207,7 +208,7 @@ def parse_prompt(prompt: str) -> tuple[str, ...]:
 def known(value: object, names: Sequence[str]) -> str:
     """What could have been meant: the nearest of the names, and how many there are."""
     near = difflib.get_close_matches(str(value), names, n=8, cutoff=0.5) or names[:8]
-    return f"known are {', '.join(near)} ({len(names):,} in all)"
+    return f"known are {', '.join(near) or 'none'} ({len(names):,} in all)"
 
 
 @dataclass(eq=False)
@@ -805,7 +806,7 @@ class Dataset:
         found.read("interactions.csv", found.take_like)
         found.check(drop_incomplete)
         ties = len(found.likes) - len({(u, time) for (u, _), time in found.likes.items()})
-        found.notices["interactions as old as another of the user: in order by chance"] = ties
+        found.notices["interactions without a time of their own: ordered by chance"] = ties
         notices = [f"{n:,} {text}" for text, n in found.notices.items() if n]
         users, n = list(found.users), len(found.kept)
         if min(len(users), n) < 2:
@@ -855,9 +856,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("run", help="folder that train.py wrote")
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--user", help="id of a user in training")
+    who.add_argument("--user", help="id of a user; without it, unpersonalized")
     who.add_argument("--history", nargs="+", metavar="ITEM", help="or: items that somebody likes")
-    add("--prompt", required=True, help="what it shall be about: the catalogue's words, by commas")
+    add("--prompt", default="", help="what it shall be about: phrases of items.csv, by commas")
     add("--out", default="dppmg.png", help="file for the picture; several: -2, -3 .. (%(default)s)")
     add("--n", type=int, default=1, help="how many pairs (%(default)s)")
     add("--best-of", type=int, default=1, metavar="K",

@@ -3,7 +3,7 @@
     cos(f(x), g(y))                          Scorer           contrastive (CLIP, arXiv 2103.00020v1)
     R = lambda_c cos + lambda_p (s_x + s_y)  pair_reward      each term normalized over the samples
     A_s = R_s - mean of its group's others   leave_one_out    (Kool et al. 2019)
-    grad = E[A grad log pi]                  reinforce_loss   (Williams 1992)
+    grad = E[A grad log pi]                  reinforce_loss   (Williams 1992); pi: a generator
     KL[pi || pi of the starting tokens]      gaussian_kl, categorical_kl: the drift, and its price
     the best of several pairs                best_pair        needs no training: choose by R
     how good is a pair, on any data          judge_pairs, rank_share, taste_without, share_of_pairs
@@ -289,7 +289,8 @@ def token_optimizer(tables: dict[str, Tensor], cfg: RewardConfig) -> torch.optim
     A row that no sample used has no gradient.  AdamW shrinks it all the same, by lr * weight_decay
     a round; Adam leaves a row that was never used as it is, to the bit.  A row used before goes on
     for some rounds by its momentum, that is by its own earlier gradients.  A code is in few groups
-    of a round: with 0.95 for 0.99 the second moment is noise, steps are signs (DEVIATION 22)."""
+    of a round: with beta2 = 0.95 instead of 0.99, the second moment is mostly noise, and a step
+    little more than the gradient's sign (DEVIATION 22)."""
     groups = [{"params": [table], "lr": getattr(cfg, f"lr_{m}")} for m, table in tables.items()]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 

@@ -504,7 +504,7 @@ def test_duplicates_keep_the_earliest(folder):
     found = list(zip(data.user.tolist(), data.item.tolist(), data.time.tolist()))
     assert found == [(0, 0, -3), (0, 1, 1), (1, 0, 2), (0, 2, 1)]
     assert data.notices == ["3 repeated interactions merged, the earliest kept",
-                            "1 interactions as old as another of the user: in order by chance"]
+                            "1 interactions without a time of their own: ordered by chance"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -555,7 +555,7 @@ def test_without_times_that_differ_the_seed_decides(folder, time):
     assert len(set(map(tuple, data.part.view(40, 3).tolist()))) == 6        # every order occurs
 
 
-TIES = "{} interactions as old as another of the user: in order by chance"
+TIES = "{} interactions without a time of their own: ordered by chance"
 RATED = ["u,a,4", "u,b,0.5", "u,c,3", "v,a,3.5", "v,b,1e1", "u,d,5", "w,a,2"]
 
 

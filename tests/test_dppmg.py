@@ -722,6 +722,7 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     evil = dppmg.Generated(Image.new("RGB", (8, 8)), "red \x1b[31m bell \a line\nline \x9b \u2028 fin")
     monkeypatch.setattr(DPPMG, "generate", lambda *_, **__: [evil])
     assert run_main(toy_run, "--prompt", "fish", "--out", tmp_path / "a.png") == 0
+    assert run_main(toy_run, "--out", tmp_path / "a.png") == 0  # data need not have prompts
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "fin" in printed
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028]", printed)
@@ -741,7 +742,7 @@ def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys,
     (["--prompt", "fish", "--out", "missing/a.png"], "--out missing/a.png: need a .png or .jpg in a folder that exists"),
     (["--prompt", "fish", "--out", "."], "--out .: need a .png or .jpg"),
     (["--prompt", "fish", "--out", "a.gif"], "--out a.gif: need a .png or .jpg"),
-    ([], "--prompt")])
+    (["--prompt"], "--prompt: expected one argument")])
 def test_a_mistake_costs_one_line_and_status_2(toy_run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run_main(toy_run, *arguments) == 2
