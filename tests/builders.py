@@ -3,6 +3,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 
@@ -50,6 +51,7 @@ code{overflow-wrap:anywhere;background:#f2f2f2;padding:2px 4px}
  h2,h3{break-after:avoid}
  .scroll{overflow:visible}details::details-content{content-visibility:visible;display:block}}
 """
+UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but tabs and newlines
 INKS = ("#1f5f9e", "#a3480f", "#1e6e38", "#75409b", "#a02048", "#595959")
 
 
@@ -71,7 +73,7 @@ def words(value: object) -> Html:
         return Html(" ".join(map(words, value)))
     if isinstance(value, float):
         return Html(f"{value:.3f}" if math.isfinite(value) else "not measured")
-    return Html(html.escape(str(value)))
+    return Html(html.escape(UNSEEN.sub("\ufffd", str(value))))
 
 
 def element(tag: str, *parts: object, **attributes: str) -> Html:

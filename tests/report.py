@@ -163,9 +163,13 @@ def verdict(run: Run) -> Html:
     line += f"{len(ill)} ask for a look: README, “When something looks wrong”" * bool(ill)
     after = run.metrics["generation"]["after_reward"]
     name = "consistency" if run.world else "judge_consistency"
-    said = (f" Picture and text agree in {after[name]['mean']:.2f} of the pairs after the reward "
-            f"(and in {after[f'{name}_repaired']['mean']:.2f} when the text comes from another "
-            "draw: where that is as high, they agree by habit).")
+    what = ("Picture and text agree in {:.2f} of the pairs after the reward" if run.world else
+            "After the reward the judge finds a picture nearer to its own text than to another's "
+            "in {:.2f} of the comparisons, where chance is 0.5").format(after[name]["mean"])
+    said = (f" {what} (and in {after[f'{name}_repaired']['mean']:.2f} when the text comes from "
+            "another draw: where that is as high, they agree by habit).")
+    if run.cfg.image.steps < 200:
+        said += " With so few steps a run shows that all stages work; its figures mean nothing."
     return element("p", element("strong", line + "."), said) + element("ul", *lines)
 
 
@@ -210,7 +214,7 @@ def swapped(run: Run) -> Html:
         ids = [f"item {run.data.item_ids[i]}" for i in liked.tolist()]
         likes = row(figures(run, contents(run, liked), ids))
         rows.append([name_of(run.data.user_ids[u], 20), likes, *(side[k] for side in made)])
-    body = element("p", "All pairs have the prompt ", name_of(prompt), ". In a row both start from "
+    body = element("p", "The prompt of all pairs: ", name_of(prompt), ". In a row both start from "
                    "the same noise; only the tokens differ. The own ones should suit better.")
     head = ["user", "likes", "own tokens", "another user's tokens"]
     return body + table(head, rows, "Swapped tokens")
@@ -307,7 +311,7 @@ def strips(run: Run) -> Html:
 
 HEALTHY = {
     "autoencoder loss": "Healthy: falls fast, then flattens.",
-    "gnn loss": "Healthy: from 2.08 (3 ln 2, nothing is known) well down, and smooth.",
+    "gnn loss": "Healthy: from about 2.08 (3 ln 2, nothing is known) well down, smooth.",
     "codebook loss": "Healthy: falls or stays low; a jump upwards means that codes die.",
     "codebook reconstruction": "Healthy: far below 1, which is nothing learnt.",
     "codebook bpr": "Healthy: below 0.69 (ln 2), where tokens do not rank.",
@@ -349,7 +353,8 @@ MEANING = {
     "consistency_bound": "What pictures and texts made apart can agree at most, as they vary.",
     "utility": "How much the user likes what is shown, by the true taste; 1 is the favourite.",
     "taste": "How near many samples are to the user's true taste; 1 is equal.",
-    "variety": "Chance that two samples for the same user and prompt differ.",
+    "variety": "Chance that two samples for the same user and prompt differ in an attribute, mean "
+               "of the attributes.",
     "swap": "Share in which the own tokens please more than another user's; chance is 0.5.",
     "grammatical": "Share of texts that are sentences of the stickers' grammar.",
     "judge_consistency": "How often the judge finds a picture nearer to its own text than to "

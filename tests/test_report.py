@@ -178,7 +178,9 @@ def made_up(world, **changes):
                "generation": {"real": dict.fromkeys(names, high), "after_reward": after,
                               "before_reward": dict.fromkeys(names, high)},
                "differences": {"consistency": rise, "judge_consistency": rise}}
-    return SimpleNamespace(metrics=metrics, world=world, data=SimpleNamespace(item_ids=range(100)))
+    cfg, _ = train.build({name: {} for name in train.PARTS})
+    return SimpleNamespace(metrics=metrics, world=world, cfg=cfg,
+                           data=SimpleNamespace(item_ids=range(100)))
 
 
 @pytest.mark.parametrize("world", [None, "stickers"])
@@ -187,6 +189,11 @@ def test_a_healthy_run_is_called_healthy(world):
     assert all(check.good for check in found) and len(found) >= 10
     page = report.verdict(made_up(world))
     assert f"{len(found)} of {len(found)} checks are healthy." in page and "look here" not in page
+    assert ("agree in 0.99 of the pairs" if world else "in 0.99 of the comparisons, where chance") in page
+    assert "mean nothing" not in page
+    tiny = made_up(world)
+    tiny.cfg, _ = train.build({name: train.SMOKE.get(name, {}) for name in train.PARTS})
+    assert "its figures mean nothing" in report.verdict(tiny)
 
 
 @pytest.mark.parametrize("world", [None, "stickers"])
