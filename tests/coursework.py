@@ -973,8 +973,10 @@ def parse(argv):
     back = commands.add_parser("grade", help="grade one submission, or each in a folder of them")
     back.add_argument("folder", nargs="+")
     for sub, default in ((out, "all"), (back, None)):
-        sub.add_argument("--tier", choices=("core", "all"), default=default)
-        sub.add_argument("--kind", choices=("write", "bug", "predict", "all"), default=default)
+        sub.add_argument("--tier", choices=("core", "all"), default=default,
+                         help="all: the tiers full and challenge, too (%(default)s)")
+        sub.add_argument("--kind", choices=("write", "bug", "predict", "all"), default=default,
+                         help="exercises of one kind alone (%(default)s)")
     back.add_argument("--json", help="file for the results: of one submission its own, of several {name: result}")
     back.add_argument("--junit", help="file for the results as JUnit XML")
     proof = commands.add_parser("prove", help="prove the graders: blanks, bugs, wrong answers, attacks")

@@ -425,9 +425,9 @@ BUGS = (
 
 PREDICT = (
     predict("bpr_at_the_start", "core", "loss at the start",
-            "Which loss (nats, two decimals) has a fresh ModalGNN with two modalities, before any step, "
-            "without l2?",
-            "Users start at 0, so all scores are equal."),
+            "About which loss (nats, one decimal) has a fresh ModalGNN with two modalities, before any "
+            "step, without l2?",
+            "Users start at 0, and propagation gives them little: all scores are nearly equal."),
     predict("guidance_1", "core", "guidance",
             "Guidance w = 1 instead of 3, with taste: does the entropy of the sampled tokens go up, down or "
             "stay the same?",
