@@ -143,7 +143,7 @@ def words(runs: list[dict]) -> str:
         {mean('after_reward', 'consistency'):.2f} of the pairs instead of
         {mean('before_reward', 'consistency'):.2f}. They are drawn independently, given prompt and
         tokens, so they can agree at most as often as sqrt((1 - variety_image)(1 - variety_text)) of
-        the setting allows (bound: {mean('after_reward', 'consistency_bound'):.2f}); with the text
+        the setting alone allows: {mean('after_reward', 'consistency_bound'):.2f}. With the text
         of another draw they agree in
         {mean('after_reward', 'consistency_repaired'):.2f}. So the gain is bought with variety:
         taste falls to {kept('after_reward', 'image'):.0%} (pictures) and
@@ -155,8 +155,8 @@ def words(runs: list[dict]) -> str:
     people = f"""**New people**, who were in no training, folded in from their whole history, reach
         recall@20 {new('whole history', 'recall@20'):.3f} (those in training
         {new('in training', 'recall@20'):.3f}); after the reward their pictures and texts agree in
-        {new('whole history', 'consistency'):.2f} ({new('in training', 'consistency'):.2f} here):
-        whether the reward helps new people, nobody can tell (claim d). Ranking from the tokens alone,
+        {new('whole history', 'consistency'):.2f} (people in training, on as many pairs:
+        {new('in training', 'consistency'):.2f}): whether the reward helps new people, nobody can tell (claim d). Ranking from the tokens alone,
         24 bits a user and modality, keeps {bits / len(runs):.0%} of recall@20."""
     return "\n\n".join(textwrap.fill(" ".join(part.split()), 118, break_on_hyphens=False)
                        for part in (gain, people))
