@@ -53,7 +53,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def across(values: list[float], digits: int = 3) -> str:
     """The mean of several runs, with the lowest and the highest where they differ."""
     shown = [f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values))]
-    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]}, {shown[2]})"
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]}–{shown[2]})"
 
 
 def measured(runs: list[dict], variant: str, name: str, digits: int) -> str:
@@ -63,6 +63,8 @@ def measured(runs: list[dict], variant: str, name: str, digits: int) -> str:
         return ""
     if len(runs) > 1:
         return across([x["mean"] for x in found], digits)
+    if digits == 2:
+        return "{mean:.2f} ±{half:.2f}".format(half=(found[0]["high"] - found[0]["low"]) / 2, **found[0])
     return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **found[0])
 
 
@@ -74,12 +76,13 @@ def generation(runs: list[dict], names: list[str], digits: int = 3) -> str:
 
 
 def short(runs: list[dict]) -> str:
-    """The measures that the README shows, to two digits."""
+    """The measures and variants that the README shows, to two digits."""
     there = runs[0]["generation"]["after_reward"]
     names = [name + end for name in SHORT for end in ("", "_image", "_text") if name + end in there]
     if "consistency" in there:  # what a referee sees exactly needs no judge
         names = [name for name in names if "judge" not in name]
-    return generation(runs, names, 2)
+    return generation([run | {"generation": {v: x for v, x in run["generation"].items()
+                                             if v != "unpersonalized"}} for run in runs], names, 2)
 
 
 def full(runs: list[dict]) -> str:
@@ -155,9 +158,9 @@ def words(runs: list[dict]) -> str:
     people = f"""**New people**, who were in no training, folded in from their whole history, reach
         recall@20 {new('whole history', 'recall@20'):.3f} (those in training
         {new('in training', 'recall@20'):.3f}); after the reward their pictures and texts agree in
-        {new('whole history', 'consistency'):.2f} (people in training, on as many pairs:
-        {new('in training', 'consistency'):.2f}): whether the reward helps new people, nobody can tell (claim d). Ranking from the tokens alone,
-        24 bits a user and modality, keeps {bits / len(runs):.0%} of recall@20."""
+        {new('whole history', 'consistency'):.2f} (in training: {new('in training', 'consistency'):.2f},
+        on as many pairs): whether the reward helps new people, nobody can tell (claim d). Ranking
+        from the tokens alone, 24 bits a user and modality, keeps {bits / len(runs):.0%} of recall@20."""
     return "\n\n".join(textwrap.fill(" ".join(part.split()), 118, break_on_hyphens=False)
                        for part in (gain, people))
 
@@ -191,7 +194,8 @@ def brief(studies: list[dict]) -> str:
     """The claims on their first measures, people in training beside new ones."""
     told = {}
     for x in studies[0]["claims"]:
-        if x["claim"][1] != "f" or (x["measure"] == "consistency" and "equal" not in x["claim"]):
+        brief = x["measure"] == "consistency" and "equal" not in x["claim"]
+        if x["measure"] != "variety" and (x["claim"][1] != "f" or brief):
             found = told.setdefault(f"({x['claim'][1]}) {BRIEF[x['claim'][1]]}: {x['measure']}", {})
             found[x["people"]] = f"{x['mean']:+.3f} {x['verdict']}"
     rows = [[claim, found["training"], found["new"]] for claim, found in told.items()]

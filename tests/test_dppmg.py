@@ -718,11 +718,14 @@ def test_the_command_writes_the_kind_of_file_that_the_name_says(toy_run, tmp_pat
         assert image.format == kind and image.size == (16, 16)
 
 
+def test_nothing_need_be_asked_for(toy_run, tmp_path):
+    assert run_main(toy_run, "--out", tmp_path / "a.png") == 0 and (tmp_path / "a.png").exists()
+
+
 def test_a_generated_text_cannot_command_the_terminal(toy_run, tmp_path, capsys, monkeypatch):
     evil = dppmg.Generated(Image.new("RGB", (8, 8)), "red \x1b[31m bell \a line\nline \x9b \u2028 fin")
     monkeypatch.setattr(DPPMG, "generate", lambda *_, **__: [evil])
     assert run_main(toy_run, "--prompt", "fish", "--out", tmp_path / "a.png") == 0
-    assert run_main(toy_run, "--out", tmp_path / "a.png") == 0  # data need not have prompts
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "fin" in printed
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028]", printed)

@@ -20,12 +20,6 @@ PROSE = re.sub(r"\n(?!\n)", " ", TEXT).replace("&&", "\n")
 COMMANDS = re.findall(r"python ((?:tests/)?\w+\.py[^`#\n]*)", PROSE + "\n".join(text for _, text in BLOCKS))
 
 
-def test_it_is_short_and_its_lines_are_too():
-    assert len([word for word in TEXT.split() if re.search(r"\w", word)]) <= 2400
-    lines = TEXT.split("\n")
-    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
-
-
 def program(command):
     """The words of a command that its --help belongs to: coursework.py has commands of its own."""
     return tuple(command.split()[:2 if "coursework" in command else 1])

@@ -27,7 +27,7 @@ def test_a_table_shows_means_and_extremes_of_several_runs_and_the_interval_of_on
     def run(mean):
         return {"generation": {"real": {"a": {"mean": mean, "low": 0.1, "high": 0.9}}}}
     table = results.generation([run(0.25), run(0.5)], ["a"])
-    assert table == "|  | real |\n| --- | --- |\n| a | 0.375 (0.250, 0.500) |"
+    assert table == "|  | real |\n| --- | --- |\n| a | 0.375 (0.250–0.500) |"
     assert results.generation([run(0.5), run(0.5)], ["a"], 2).endswith("| a | 0.50 |")
     assert results.generation([run(0.5)], ["a"], 1).endswith("| a | 0.5 [0.1, 0.9] |")
 
