@@ -12,7 +12,8 @@ functions, constants and imports that the reference lacks. Spliced into the refe
 tests, in a process of its own with a time limit. So a mistake costs its own exercise only, nothing that a file does
 when it is imported is ever run, and the student's tests are not read. What a function may name is restricted:
 no files, processes, frames, no attributes of modules changed. That stops tricks, not a criminal: let the answers of
-strangers run in a container. Needs os.fork: Linux, macOS, or WSL."""
+strangers run in a container. Predictions are on trust: who runs the case first can copy its answer. Needs os.fork:
+Linux, macOS, or WSL."""
 import argparse
 import ast
 import functools
