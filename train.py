@@ -1084,7 +1084,7 @@ def lock(out: Path):
     file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # which of them depends on the system
         owner = os.read(file, 20).decode()
         raise ValueError(f"--out {out}: process {owner} trains in it; choose another") from None
     os.ftruncate(file, 0)
