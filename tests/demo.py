@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dppmg import say
 from generators import (EOS, Denoiser, ImageConfig, TextConfig, TextDecoder, denoise, sample_text,
                         sampling_times)
 from gnn import (GNNConfig, ModalGNN, build_graph, propagate, ranking_summary, sample_triplets,
@@ -23,9 +24,14 @@ def shade(x: Tensor) -> list[str]:
     return ["".join(2 * SHADES[k] for k in line) for line in level.tolist()]
 
 
+def show(*parts: object):
+    """Print them; a reader who has gone away (`| head`) ends nothing."""
+    say(" ".join(map(str, parts)))
+
+
 def verdict(what: str, value: float, least: float) -> float:
     """Say whether the number is right, and return it."""
-    print(f"\n{what}: {value:.3f}, {'right' if value >= least else 'WRONG'} (at least {least})")
+    show(f"\n{what}: {value:.3f}, {'right' if value >= least else 'WRONG'} (at least {least})")
     return value
 
 
@@ -33,12 +39,12 @@ def chain() -> None:
     """Smoothing: what one node says reaches its neighbours' neighbours."""
     graph = build_graph(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]), 3, 2)
     x = x0 = torch.eye(5)[:, :1]
-    print("A chain, Ann - tea - Bob - jam - Cyd. Ann's signal spreads, an edge a layer:\n")
-    print("layer     Ann   Bob   Cyd   tea   jam")
+    show("A chain, Ann - tea - Bob - jam - Cyd. Ann's signal spreads, an edge a layer:\n")
+    show("layer     Ann   Bob   Cyd   tea   jam")
     for k in range(5):
-        print(f"{k:5}  ", *(f"{value:5.2f}" for value in x[:, 0].tolist()))
+        show(f"{k:5}  ", *(f"{value:5.2f}" for value in x[:, 0].tolist()))
         x = spmm(graph, x)
-    print("mean   ", *(f"{value:5.2f}" for value in propagate(graph, x0, 4)[:, 0].tolist()))
+    show("mean   ", *(f"{value:5.2f}" for value in propagate(graph, x0, 4)[:, 0].tolist()))
 
 
 def gnn() -> float:
@@ -51,13 +57,13 @@ def gnn() -> float:
                    for part in (slice(7), slice(7, 10)))  # 7 likes to learn from, 3 to find
     net = ModalGNN(80, 60, {"id": torch.eye(60) * 60**0.5}, GNNConfig(dim=16), draw)
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    print("\n80 users in 4 communities of 15 items each, of which they like 10: 7 to learn")
-    print("from, 3 hidden. Share of these among 8 recommended (by chance 0.15):\n")
+    show("\n80 users in 4 communities of 15 items each, of which they like 10: 7 to learn")
+    show("from, 3 hidden. Share of these among 8 recommended (by chance 0.15):\n")
     for step in range(101):
         loss = net.loss(graph, *sample_triplets(graph, 256, draw))
         if step % 25 == 0:
             recall = ranking_summary(net(graph), graph, test, 8)["recall@8"]
-            print(f"step {step:3}   loss {loss.item():.3f}   recall@8 {recall:.3f}")
+            show(f"step {step:3}   loss {loss.item():.3f}   recall@8 {recall:.3f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,19 +79,19 @@ def vq() -> float:
     for level in range(3):
         book = EMACodebook(VQConfig(codes=16, dim=2))
         book.codebook.zero_(), book.total.zero_()  # all in one place
-        print(f"\nLevel {level}: 16 codes for what is left over. Unexplained:")
+        show(f"\nLevel {level}: 16 codes for what is left over. Unexplained:")
         for step in range(61):
             code = nearest_code(rest, book.codebook)
             left = ((rest - book.codebook[code]).square().sum() / total).item()
             if step in (0, 1, 3, 10, 60):
-                print(f"  after {step:2} steps {left:8.4%}")
+                show(f"  after {step:2} steps {left:8.4%}")
             book.update(rest, code, 0.5, draw)
         if level == 0:
             place = ((torch.cat([x, book.codebook]) + 1.1) / 2.2 * torch.tensor([64, 22])).long()
             picture = [[" "] * 64 for _ in range(22)]
             for k, (column, line) in enumerate(place.tolist()):
                 picture[line][column] = "." if k < len(x) else "@"
-            print(*("".join(line).rstrip() for line in picture), sep="\n")
+            show("\n".join("".join(line).rstrip() for line in picture))
         rest = rest - book.codebook[nearest_code(rest, book.codebook)]
     share = 1 - (rest.square().sum() / total).item()
     return verdict("explained by three tokens (12 bits)", share, 0.999)
@@ -122,9 +128,9 @@ def strips(draw: torch.Generator) -> float:
     strip = [net.noise(64, draw)]
     for step in pairwise(sampling_times(6)):
         strip.append(denoise(net, strip[-1], step, prompt + 1, token, draw))
-    print(f"Out of noise: corner {prompt[0].item()} by the prompt, {token[0].item() + 1} wide by "
+    show(f"Out of noise: corner {prompt[0].item()} by the prompt, {token[0].item() + 1} wide by "
           "the token.\n")
-    print(*("  ".join(line) for line in zip(*(shade(z[0, 0]) for z in strip[::2]))), sep="\n")
+    show("\n".join("  ".join(line) for line in zip(*(shade(z[0, 0]) for z in strip[::2]))))
     error = (strip[-1][:, None, None] - corner).square().flatten(3).sum(3)  # (64, 4, 4)
     return (error.flatten(1).argmin(1) == (4 * prompt + token)[:, 0]).double().mean().item()
 
@@ -142,9 +148,9 @@ def counting(draw: torch.Generator) -> float:
         return net.loss(text(p, k), p + 1, k)
     learn(net, 300, loss)
     made = sample_text(net, prompt + 1, token, draw)
-    print("\nA rule: start at the prompt, count on by the token + 1, modulo 10.")
+    show("\nA rule: start at the prompt, count on by the token + 1, modulo 10.")
     for p, k, digits in zip(prompt[:4], token[:4], made[:4, :5] - 3):
-        print(f"  prompt {p.item()}, token {k.item()}: ", *digits.tolist())
+        show(f"  prompt {p.item()}, token {k.item()}: ", *digits.tolist())
     return (made == text(prompt, token)).all(1).double().mean().item()
 
 
@@ -158,12 +164,12 @@ def generators() -> float:
 def reward() -> float:
     """A policy gradient climbs a known reward beside the exact gradient."""
     draw, value = torch.Generator().manual_seed(0), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    print("Six actions, worth 0 to 1. Expected reward: exact gradient, and 8 samples each.\n")
+    show("Six actions, worth 0 to 1. Expected reward: exact gradient, and 8 samples each.\n")
     exact, sampled = torch.zeros(6, requires_grad=True), torch.zeros(6, requires_grad=True)
     for step in range(201):
         if step % 40 == 0:
             both = [(logits.softmax(0) @ value).item() for logits in (exact, sampled)]
-            print(f"step {step:3}", *(f"   {'#' * round(24 * x):24} {x:.3f}" for x in both))
+            show(f"step {step:3}", *(f"   {'#' * round(24 * x):24} {x:.3f}" for x in both))
         (exact.softmax(0) @ value).backward()
         action = sampled.detach().softmax(0).multinomial(8, replacement=True, generator=draw)
         reinforce_loss(sampled.log_softmax(0)[action][None],
@@ -177,7 +183,7 @@ def reward() -> float:
     loss = reinforce_loss(start.log_softmax(0)[action], leave_one_out(value[action]))
     mean, = torch.autograd.grad(-loss, start)
     truth, = torch.autograd.grad(start.softmax(0) @ value, start)
-    print("\nOne gradient, exact:", *(f"{x:6.3f}" for x in truth.tolist()))
-    print("mean of 20,000:     ", *(f"{x:6.3f}" for x in mean.tolist()))
+    show("\nOne gradient, exact:", *(f"{x:6.3f}" for x in truth.tolist()))
+    show("mean of 20,000:     ", *(f"{x:6.3f}" for x in mean.tolist()))
     error = ((mean - truth).norm() / truth.norm()).item()
     return verdict("1 - relative error of the mean of many estimates", 1 - error, 0.97)
