@@ -130,7 +130,7 @@ def tiny(tmp_path, monkeypatch):
     """A function: train and evaluate a tiny run on a device; its metrics and state."""
     steps = [f"--{name}-steps" for name in ("gnn", "vq", "text", "image", "image-ae", "reward-scorer", "referee")]
     args, given = train.parse_arguments([
-        "--smoke", "--out", str(tmp_path), "--items", "48", "--users", "5", "--interactions", "10", "--pairs", "20",
+        "--smoke", "--out", str(tmp_path), "--items", "48", "--users", "6", "--interactions", "10", "--pairs", "20",
         "--sampled-users", "2", "--samples", "3", "--best-of", "2",
         "--referee-pictures", "32", "--new-users", "0.2", "--reward-rounds", "2", "--text-layers", "1", "--image-layers", "1", "--text-context", "9",
         *(x for s in steps for x in (s, "2"))])

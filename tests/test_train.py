@@ -161,7 +161,7 @@ def test_interactions_are_drawn_from_the_product_of_the_tastes():
 
 
 def test_the_same_seed_draws_the_same_world():
-    cfg, worlds = TrainConfig(items=40, users=5, interactions=10), []
+    cfg, worlds = TrainConfig(items=40, users=6, interactions=10), []
     for seed in (1, 1, 2):
         world = train.sticker_world(cfg, seed)
         worlds.append([world.items.tolist(), {a: t.tolist() for a, t in world.tastes.items()},
