@@ -48,8 +48,8 @@ from reward import embed  # noqa: E402
 from tests.builders import INKS, STYLE, Html, table  # noqa: E402
 
 # shorter than by default, and the same for all rows; reward.log_every: at the start and the end
-RECIPE = {"image": dict(steps=800), "reward": dict(rounds=80, log_every=10**6),
-          "train": dict(pairs=300, sampled_users=24)}
+RECIPE = {"image": dict(steps=500), "text": dict(steps=600),
+          "reward": dict(rounds=60, log_every=10**6), "train": dict(pairs=200, sampled_users=16)}
 HISTORY = 10  # items of somebody new, and those that "history as condition" attends to
 DRAWS = 2000  # of the bootstrap
 MARGIN = 0.02  # a difference below is too small to matter; what loses less is kept
