@@ -606,7 +606,8 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1)
+    # a copy, row by row: else all that sees pictures works on a strided layout, which is slower
+    return np.asarray(image).transpose(2, 0, 1).copy()
 
 
 class _Folder:

@@ -421,7 +421,7 @@ def test_a_plain_folder_loads_as_it_is_written(folder):
     assert data.time.tolist() == [0, 1, 2] * 2 and data.time.dtype == torch.float64
     assert data.part.tolist() == [TRAIN, VALID, TEST] * 2 and data.part.dtype == torch.int8
     assert [column.tolist() for column in data.pairs(VALID)] == [[0, 1], [1, 1]]
-    assert data.images.shape == (4, 3, 8, 8) and data.images.dtype == torch.uint8
+    assert data.images.shape == (4, 3, 8, 8) and data.images.dtype == torch.uint8 and data.images.is_contiguous()
     assert data.images[:, 0].float().mean((1, 2)).tolist() == [0, 60, 120, 180]
     assert data.images[:, 1:].max() == 0
     assert data.notices == []
