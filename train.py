@@ -12,12 +12,11 @@ resumed run ends with the same bits.
 Shapes: as in dppmg.py; A attributes of a sticker; in evaluation G users of S samples each, and W
 different prompts, or words that occur in the data.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import hashlib
 import inspect
 import json
@@ -148,7 +147,7 @@ def draw_sticker(value: dict[str, str], rng: np.random.Generator) -> Image.Image
         rim = corners + corners[:4]  # a line around the shape, whose inner half the body covers
         ImageDraw.Draw(picture).line(rim, "white", width=int(2.8 * FINE), joint="curve")
     picture.paste(body, mask=mask)
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return picture.resize((SIDE, SIDE), Image.BOX)
 
 
 class World(NamedTuple):
@@ -170,8 +169,7 @@ def sticker_world(cfg: TrainConfig, seed: int) -> World:
     liked = []
     for u in range(cfg.users):
         log_p = sum(np.log(tastes[a][u, items[:, k]]) for k, a in enumerate(ATTRIBUTES))  # (I,)
-        order = np.argsort(-(log_p + rng.gumbel(size=cfg.items)))
-        liked.append(order[:cfg.interactions].copy())
+        liked.append(np.argsort(-log_p - rng.gumbel(size=cfg.items))[:cfg.interactions])
     return World(items, tastes, rng.permuted(np.stack(liked), axis=1))
 
 
@@ -260,7 +258,7 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def check_finite(run: Run, values: dict[str, Tensor]):
+def check_finite(run: "Run", values: dict[str, Tensor]):
     """Raises FloatingPointError, naming the first of the tensors that is not finite."""
     for name, value in values.items():
         if not value.isfinite().all():
@@ -581,8 +579,6 @@ def train_image(run: Run) -> str:
     its weights, which is what remains."""
     cfg, net, average = run.cfg.image, run.model.image, run.modules["average"]
     latents = latents_of(run)
-    if run.step == 0:
-        average.load_state_dict(net.state_dict())
 
     def loss(item, prompt, prefs, generator):
         return net.loss(latents[item], prompt, prefs, generator)
@@ -881,9 +877,8 @@ def evaluate_variant(run: Run, variant: str) -> dict[str, tuple[Tensor, Tensor]]
     found["frechet_image"] = embed(run.modules["judge"], made.own)["image"]
     found = {name: (values, made.pairs.user) for name, values in found.items()}
     users = some_users(run, "sampled users", math.ceil(run.train.sampled_users / cost))
-    for name, values in many_samples(run, variant, users).items():
-        found[name] = values, users
-    return found
+    many = many_samples(run, variant, users)
+    return found | {name: (values, users) for name, values in many.items()}
 
 
 def summarize(name: str, values: Tensor, user: Tensor) -> dict[str, float]:
@@ -916,9 +911,9 @@ def evaluate_new_users(run: Run) -> dict[str, dict]:
         model.update_preferences(p, test[0].unique())  # the last is what `generate` will know
         recall = rank(run, {m: (p[m], items[m]) for m in MODALITIES}, test)
         found[name] = recall | quality_for(run, *some)
-    pairs = draw_pairs(run, TEST, some.shape[1])
-    stage1 = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
-    return found | {"in training": stage1 | quality_for(run, pairs.user, pairs.item)}
+    trained = quality_for(run, *draw_pairs(run, TEST, some.shape[1])[:2])
+    ranked = {n: v for n, v in run.metrics["stage1"].items() if "quantized" not in n}
+    return found | {"in training": ranked | trained}
 
 
 def evaluate(run: Run) -> str:
@@ -939,7 +934,7 @@ def evaluate(run: Run) -> str:
                                   for name, (values, user) in before.items()}
     run.metrics["new_users"] = evaluate_new_users(run)
     name = "consistency" if run.world else "judge_consistency"
-    was, now = (values[name][0].nanmean() for values in (before, after))
+    was, now = before[name][0].nanmean(), after[name][0].nanmean()
     return f"{name} {was:.3f} before, {now:.3f} after"
 
 
@@ -970,14 +965,22 @@ def train_all(run: Run, stages: Sequence[str] = tuple(STAGES)):
         say(f"{stage:12} {run.seconds[stage][0]:7.1f} s   {merit}")
 
 
+def keep_memory():
+    """From now on memory that tensors give back stays with the process, for the next ones. By
+    default glibc returns large pieces to the system and asks again at every step: a fifth of a run
+    on two threads. -3: M_MMAP_THRESHOLD, -1: M_TRIM_THRESHOLD, of glibc's malloc.h."""
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)
+        mallopt(-1, 2**31 - 1)
+
+
 def peak_memory_mb() -> int | None:
     """The most memory that this process has had; None where the system does not tell."""
-    try:
+    with contextlib.suppress(ImportError):
         import resource  # not on Windows
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def write_json(path: Path, values: dict):
@@ -1136,7 +1139,7 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     device, folder = pick_device(args.device), there["data"] if args.resume else None
     folder = os.path.abspath(args.data) if args.data else folder
     config = {"settings": asdict(cfg) | {"train": asdict(train)}, "data": folder,
-              "fingerprint": None, "machine": machine(device)}
+              "machine": machine(device)}
     if there:
         check_same(out, config, there)
     if folder is None:
@@ -1161,6 +1164,7 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 diverged; 2 a user's mistake; 130 interrupted."""
     forgive_terminals()
+    keep_memory()
     args, given = parse_arguments(argv)
     run, start = None, clocks()
 

@@ -1,6 +1,7 @@
 """Is the program ready for a GPU?  A whole run on a simulated one, in float64: a second device whose tensors hold real
 numbers, on which every mistake shows that a real one would punish, and some that it forgives.  One in float32, on a device that has no float64, on which whatever
 the host waits for is written down.  And one in bf16."""
+import ctypes
 import dataclasses
 import importlib
 import inspect
@@ -255,6 +256,31 @@ def test_float32_is_float32_once_a_device_is_picked():
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def test_memory_that_tensors_give_back_stays_for_the_next(tmp_path):
+    libc, resource = ctypes.CDLL(None), pytest.importorskip("resource")
+    if not hasattr(libc, "mallopt"):
+        pytest.skip("the memory is not glibc's")
+
+    def pages():
+        """How many the system gives for ten tensors of 16 MB, one after the other."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**22)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def work():
+        for parameter in (-3, -1):      # as a program starts: returned from 128 kB on
+            libc.mallopt(parameter, 2**17)
+        print(pages())
+        train.keep_memory()
+        pages()
+        print(pages())
+
+    printed, errors = Fork(work, tmp_path).communicate(PATIENCE)
+    asked, kept = map(int, printed.split())
+    assert asked > 5000 and kept < 500, (printed, errors)
 
 
 @pytest.mark.parametrize("stage, flag", [("gnn", "--gnn-dim"), ("text", "--text-batch"), ("image", "--image-batch"),
