@@ -50,7 +50,7 @@ class ImageConfig:
     ae_steps: int = 900           # optimizer steps of the autoencoder
     ae_lr: float = 3e-3           # peak learning rate of the autoencoder (AdamW), falling to 0
     kl: float = 1e-4              # weight of the latent's KL from N(0, 1), per number (2112.10752)
-    width: int = 96               # D/2, channels of the denoiser at H/4, D at H/8; a multiple of 8
+    width: int = 64               # D/2, channels of the denoiser at H/4, D at H/8; a multiple of 8
     layers: int = 1               # residual blocks at H/4, each way; one more at H/8
     heads: int = 4                # attention heads; must divide 2 width
     null_rate: float = 0.15       # share of pictures trained with null preferences (2207.12598)
@@ -62,7 +62,7 @@ class ImageConfig:
     weight_decay: float = 0.01    # AdamW, of autoencoder and denoiser
     ema: float = 0.998            # decay per step of the running mean of the weights, which samples
     batch: int = 64               # pictures a step, of autoencoder and denoiser
-    steps: int = 2000             # optimizer steps of the denoiser
+    steps: int = 2400             # optimizer steps of the denoiser
     time_mean: float = 0.7        # mean of a training time's logit; > 0 favours noise (2403.03206)
     time_std: float = 1.2         # standard deviation of a training time's logit
 

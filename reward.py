@@ -38,15 +38,15 @@ class RewardConfig:
     scorer_zoom: float = 0.25  # training cuts off up to so much of a picture's side
     scorer_dropout: float = 0.3  # probability that training drops a picture's feature
     scorer_drop: float = 0.1  # probability that training hides a text token
-    rounds: int = 160  # REINFORCE updates; 0: no reward
+    rounds: int = 200  # REINFORCE updates; 0: no reward
     groups: int = 64  # G, (user, prompt) groups in a round
     images: int = 4  # S_i, images of a group
     texts: int = 8  # S_t, texts of a group: cheaper than images
     lr_image: float = 0.035  # peak learning rate of the image tokens (Adam)
     lr_text: float = 0.0018  # peak learning rate of the text tokens (Adam)
     diffusion_steps: int = 4  # DDIM steps of an image
-    kl_image: float = 0.1  # weight of the images' KL from the starting tokens
-    kl_text: float = 2.0  # weight of the texts' KL (DEVIATION 24)
+    kl_image: float = 0.05  # weight of images' KL from the starting tokens
+    kl_text: float = 2.5  # weight of texts' KL (DEVIATION 24)
     log_every: int = 25  # rounds between measurements of quality
 
 

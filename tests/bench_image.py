@@ -1,6 +1,6 @@
 """Seconds of the image generator, beside diffusers' U-Net where that is installed (not collected by pytest).
 
-    OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 80 96] [--steps 16] [--repeat 5] [--run RUN]
+    OMP_NUM_THREADS=2 python tests/bench_image.py [--widths 64 96] [--steps 16] [--repeat 5] [--run RUN]
 64 latents 8x8x4, 5 condition tokens (1 prompt word, 4 preference tokens), guided. The best of --repeat
 runs, taken in turn so that a busy machine slows all alike. Width 80 and the U-Net: 2 M parameters each. Both
 also under bf16 autocast, as train.py computes where the processor has instructions for it. Only ours also with
@@ -99,7 +99,7 @@ def diffusers_jobs(steps: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[80, 96], help="ImageConfig.width")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 96], help="ImageConfig.width")
     parser.add_argument("--steps", type=int, default=16, help="DDIM steps")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--run", help="folder of a finished run")

@@ -48,8 +48,9 @@ from reward import embed  # noqa: E402
 from tests.builders import INKS, STYLE, Html, table  # noqa: E402
 
 # shorter than by default, and the same for all rows; reward.log_every: at the start and the end
-RECIPE = {"image": dict(steps=500), "text": dict(steps=600),
-          "reward": dict(rounds=60, log_every=10**6), "train": dict(pairs=200, sampled_users=16)}
+RECIPE = {"image": dict(width=96, steps=500), "text": dict(steps=600),
+          "reward": dict(rounds=60, kl_image=0.1, kl_text=2.0, log_every=10**6),
+          "train": dict(pairs=200, sampled_users=16)}
 HISTORY = 10  # items of somebody new, and those that "history as condition" attends to
 DRAWS = 2000  # of the bootstrap
 MARGIN = 0.02  # a difference below is too small to matter; what loses less is kept
@@ -483,6 +484,7 @@ def seconds_a_pair(run: train.Run, variant: str, pairs: train.Pairs) -> float | 
 def do_row(options: Options, seed: int, row: Row):
     """Train what is missing of a row, measure it, write row.json. Once that is there: nothing."""
     torch.set_num_threads(1)
+    train.keep_memory()
     path = folder_of(options, seed, row.name) / "row.json"
     if path.exists():
         return
