@@ -645,7 +645,7 @@ def test_what_remains_of_the_denoiser_is_the_running_mean_of_its_weights(run, mo
     net, average, weights = run.model.image, run.modules["average"], []
     for parameter in average.parameters():
         parameter.data += 1
-    slow = copy.deepcopy(average if resumed else net)
+    slow = copy.deepcopy(average)
     run.step = 2 * resumed
     original = train.ema_update
 
