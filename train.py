@@ -418,7 +418,7 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
             group["lr"] = peak * schedule(step / steps)
         parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
+        parts["loss"].backward(inputs=params)
         norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.device.type == "cpu" or log:
             check_finite(run, parts | {"gradient": norm})
@@ -790,8 +790,7 @@ def train_reward(run: Run) -> str:
     if run.step == 0:
         run.tables = {m: table.detach().clone() for m, table in tables.items()}
         watch(run)
-    model.requires_grad_(False)
-    optimizer = token_optimizer({m: table.requires_grad_() for m, table in tables.items()}, cfg)
+    optimizer = token_optimizer(tables, cfg)
 
     def losses(generator):
         order = torch.rand(len(run.users), generator=generator, device=run.device).argsort()
@@ -805,7 +804,6 @@ def train_reward(run: Run) -> str:
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
             watch(run)
     fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, clip=math.inf)
-    model.requires_grad_(True)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
     return f"{name[6:]} on validation pairs {values[0]:.3f} -> {values[-1]:.3f}"

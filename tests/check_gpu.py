@@ -186,9 +186,9 @@ class Captured(Exception):
 def step_of(run: train.Run, optimizer, losses, after=lambda step: None, **_):
     """One step as train.fit makes it where it neither logs nor saves."""
     loss = losses(run.generator(run.stage, 0))["loss"]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=params)
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     nn.utils.clip_grads_with_norm_(params, 1.0, norm)
     optimizer.step()
@@ -213,7 +213,6 @@ def steps_of(run: train.Run):
                 function(run)
         if found:
             yield stage, functools.partial(step_of, **found), found["steps"]
-    run.model.requires_grad_(True)
 
 
 def our_line() -> str | None:
@@ -406,7 +405,7 @@ def whole(check: Checks):
 
 @contextlib.contextmanager
 def cast_once(*networks: nn.Module):
-    """Within it, frozen weights are bf16: autocast casts those that need no gradient at each use. An exercise: on a CPU it
+    """Within it, frozen weights are bf16: autocast casts them anew in each of the reward's blocks. An exercise: on a CPU it
     gains nothing."""
     layers = [layer for net in networks for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     weights = [p for layer in layers for p in layer.parameters()]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from dppmg import MODALITIES, NEW, TEST, TRAIN, VALID, Dataset, ReinforceStep
@@ -820,7 +822,28 @@ def test_the_reward_changes_the_two_tables_and_no_other_bit(run, monkeypatch):
     assert changed == {f"model.{m}.preference.weight" for m in MODALITIES}
     for m, table in tables(run).items():
         assert torch.equal(table[15], run.tables[m][15])
-    assert all(p.requires_grad for p in run.model.parameters())
+    moved = [name for name, p in run.modules.named_parameters() if p.grad is not None]
+    assert set(moved) <= changed and all(p.requires_grad for p in run.model.parameters())
+
+
+def test_in_the_reward_autocast_casts_a_weight_once_a_block_and_not_at_each_use(run, monkeypatch):
+    at_stage(run, "reward", reward=dict(rounds=1, log_every=9))
+    monkeypatch.setattr(train, "watch", lambda run: run.note(run.step, valid_consistency=0))
+    weights, casts, blocks = {p.data_ptr() for p in run.model.parameters()}, Counter(), []
+
+    def half():
+        blocks.append(torch.autocast("cpu", torch.bfloat16))
+        return blocks[-1]
+    monkeypatch.setattr(run.model, "half", half)
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts[args[0].data_ptr()] += args[0].data_ptr() in weights
+            return function(*args, **(kwargs or {}))
+    with Casts():
+        train.train_reward(run)
+    assert 0 < max(casts.values()) <= len(blocks) < 9  # texts have 40 tokens
 
 
 def test_rewards_large_gradients_are_not_cut(run, monkeypatch):
