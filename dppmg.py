@@ -456,7 +456,7 @@ class DPPMG(nn.Module):
                        generator: Generator | None) -> ReinforceStep:
         """Sample groups of images and texts, score them, and give the surrogate loss of both token
         tables. user (G,) int64, prompt (G, P); reference: the tables from which the KL is measured.
-        Frozen: all but the tables.
+        Of its gradient the tables' part is wanted alone: backward(inputs=...).
         DEVIATION 10: every image is scored against all texts of its group."""
         cfg, prefs = self.cfg.reward, self.user_tokens(user)
         latents, log_p_image, kl_image = self._rollout_images(prompt, prefs, reference, generator)

@@ -418,6 +418,7 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
             group["lr"] = peak * schedule(step / steps)
         parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
+        # for these alone: in the reward all other weights stay as they are
         parts["loss"].backward(inputs=params)
         norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.device.type == "cpu" or log:
@@ -790,7 +791,6 @@ def train_reward(run: Run) -> str:
     if run.step == 0:
         run.tables = {m: table.detach().clone() for m, table in tables.items()}
         watch(run)
-    optimizer = token_optimizer(tables, cfg)
 
     def losses(generator):
         order = torch.rand(len(run.users), generator=generator, device=run.device).argsort()
@@ -803,7 +803,8 @@ def train_reward(run: Run) -> str:
     def after(step):
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.rounds:
             watch(run)
-    fit(run, optimizer, cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after, clip=math.inf)
+    fit(run, token_optimizer(tables, cfg), cfg.rounds, losses, lambda x: ramp(x, 0.1, 0.7), after,
+        clip=math.inf)
     name = "valid_consistency" if run.world else "valid_judge_consistency"
     values = [value for stage, _, key, value in run.log if (stage, key) == ("reward", name)]
     return f"{name[6:]} on validation pairs {values[0]:.3f} -> {values[-1]:.3f}"
@@ -1135,6 +1136,9 @@ def open_run(args: argparse.Namespace, given: dict[str, dict]) -> Run:
     base = there["settings"] if args.resume else SMOKE if args.smoke else {}
     cfg, train = build({name: base.get(name, {}) | given[name] for name in PARTS})
     device, folder = pick_device(args.device), there["data"] if args.resume else None
+    # on a processor: else two threads add up the rows of a gradient in whatever order they come
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     folder = os.path.abspath(args.data) if args.data else folder
     config = {"settings": asdict(cfg) | {"train": asdict(train)}, "data": folder,
               "machine": machine(device)}

@@ -828,6 +828,23 @@ def test_a_disk_that_is_full_from_the_start_leaves_what_can_be_resumed_or_nothin
         assert len(list((run.out / "stickers" / "images").iterdir())) == 24
 
 
+TWICE = """if True:
+    import sys, torch, train
+    torch.set_num_threads(2)
+    for out in sys.argv[1:]:
+        flags = ["--smoke", "--image-ae-steps", "1", "--gnn-batch", "2048", "--out", out]
+        train.train_all(train.open_run(*train.parse_arguments(flags)), list(train.STAGES)[:4])"""
+
+
+def test_on_two_threads_too_a_run_is_repeated_to_the_bit(tmp_path):
+    """Torch may add up the rows of a gradient in whatever order its threads come to them."""
+    process = spawn("-c", TWICE, str(tmp_path / "a"), str(tmp_path / "b"), cwd=ROOT)
+    printed, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, printed + errors
+    a, b = ((tmp_path / name / "log.csv").read_text() for name in "ab")
+    assert a == b and "codebook,30" in a
+
+
 def test_a_disk_that_is_nearly_full_is_noticed_before_training(tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=150 * 2**20))
