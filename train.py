@@ -418,7 +418,8 @@ def fit(run: Run, optimizer: torch.optim.Optimizer, steps: int,
             group["lr"] = peak * schedule(step / steps)
         parts = losses(run.generator(run.stage, step))
         optimizer.zero_grad(set_to_none=True)
-        # for these alone: in the reward all other weights stay as they are
+        # for these alone: in the reward all else stays, but keeps requires_grad, without which
+        # autocast casts a weight to bf16 at each use instead of once a block
         parts["loss"].backward(inputs=params)
         norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if run.device.type == "cpu" or log:

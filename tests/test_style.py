@@ -129,6 +129,7 @@ def test_readme_is_short_and_has_no_gap():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"@[A-Z]+@|TODO|XXX", text)
     assert len(text.split()) <= 2400
+    assert not re.findall(r"\n\n\|.*\n(?!\| ?-)", text), "a blank line cuts a table in two"
 
 
 def test_every_setting_has_a_help_text():
